@@ -1,0 +1,229 @@
+"""One DSA attention layer: MLA's projections around write, select and attend.
+
+MLA is run absorbed: W_UK is folded into the query and W_UV into the output, so that attention works on the latent rows
+as they are cached, and one row serves all heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_dsa import cache, envs
+from vllm_dsa.backend import DSABackend, DSAMetadata
+from vllm_dsa.compat import (
+    AttentionLayerBase,
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    MLAAttentionSpec,
+    RMSNorm,
+    RowParallelLinear,
+    current_platform,
+    dequantised_weight,
+    eager_break_during_capture,
+    get_current_vllm_config,
+    get_forward_context,
+    get_rope,
+    get_tensor_model_parallel_world_size,
+    init_logger,
+    register_layer,
+)
+from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.indexer import Indexer
+from vllm_dsa.kernels import Norms, Rope, dispatch
+
+logger = init_logger("vllm.vllm_dsa.attention")
+
+
+class DSAAttention(nn.Module, AttentionLayerBase):
+    """MLA with a lightning indexer; owns the layer's latent cache.
+
+    Parameters carry the checkpoint's names, but for fused_qkv_a_proj (q_a_proj, kv_a_proj_with_mqa).
+    """
+
+    def __init__(self, config: DSAConfig, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        ranks = get_tensor_model_parallel_world_size()
+        if config.num_attention_heads % ranks:
+            raise ConfigError(
+                f"tensor parallel size {ranks} does not divide num_attention_heads {config.num_attention_heads}. "
+                f"Choose a size that does."
+            )
+        self.config = config
+        self.heads = config.num_attention_heads // ranks
+        self.dtype = vllm_config.model_config.dtype
+        self.latent_kind = cache.FP8_DS_MLA if vllm_config.cache_config.cache_dtype == cache.FP8_DS_MLA else "auto"
+
+        self.fused_qkv_a_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.q_lora_rank, config.latent_dim],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.fused_qkv_a_proj",
+            disable_tp=True,
+        )
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
+        self.q_b_proj = ColumnParallelLinear(
+            config.q_lora_rank,
+            config.num_attention_heads * config.qk_head_dim,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_b_proj",
+        )
+        # Holds the parameter only: write_keys norms.
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps)
+        self.kv_b_proj = ColumnParallelLinear(
+            config.kv_lora_rank,
+            config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        # Its weight is read after loading and never multiplied as it is: vLLM's CPU path must not repack it.
+        self.kv_b_proj._cpu_skip_gemm_dispatch = True
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.v_head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.indexer = Indexer(config, quant_config, prefix=f"{prefix}.indexer")
+        self.rope = Rope(_cos_sin(config, vllm_config.model_config.max_model_len), config.index_rope_interleaved)
+        self.kernels = dispatch.choose(self._request(vllm_config))
+        logger.info_once(self.kernels.summary)
+
+        self.layer_name = f"{prefix}.attn"
+        self.kv_cache = torch.empty(0)
+        register_layer(self.layer_name, self)
+
+    def _request(self, vllm_config: Any) -> dispatch.Request:
+        capability = current_platform.get_device_capability()
+        return dispatch.Request(
+            device_type=current_platform.device_type,
+            capability=None if capability is None else tuple(capability),
+            dtype=self.dtype,
+            latent_kind=self.latent_kind,
+            kv_lora_rank=self.config.kv_lora_rank,
+            rope_dim=self.config.qk_rope_head_dim,
+            num_heads=self.heads,
+            index_heads=self.config.index_n_heads,
+            index_dim=self.config.index_head_dim,
+            top_k=self.config.index_topk,
+            block_size=vllm_config.cache_config.block_size,
+        )
+
+    def get_attn_backend(self) -> type:
+        return DSABackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        fp8 = self.latent_kind == cache.FP8_DS_MLA
+        return MLAAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=cache.FP8_DS_MLA_BYTES if fp8 else self.config.latent_dim,
+            dtype=torch.uint8 if fp8 else self.dtype,
+            cache_dtype_str=self.latent_kind,
+        )
+
+    def process_weights_after_loading(self, dtype: torch.dtype) -> None:
+        """Split kv_b_proj into W_UK [N, nope, R] and W_UV [N, R, v]."""
+        config = self.config
+        weight = dequantised_weight(self.kv_b_proj, dtype).view(
+            self.heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
+        )
+        w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        self.w_uk = w_uk.contiguous()
+        self.w_uv = w_uv.transpose(1, 2).contiguous()
+        self.norms = Norms(
+            latent_weight=self.kv_a_layernorm.weight.data,
+            latent_eps=config.rms_norm_eps,
+            index_weight=self.indexer.k_norm.weight.data,
+            index_bias=self.indexer.k_norm.bias.data,
+            index_eps=self.indexer.k_norm.eps,
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """positions [T] int64, hidden_states [T, hidden] to the layer's output [T, hidden], summed over ranks."""
+        config = self.config
+        query_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
+            [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
+        query_latent = self.q_a_layernorm(query_latent.contiguous())
+        nope_query, rope_query = (
+            self.q_b_proj(query_latent)[0]
+            .view(-1, self.heads, config.qk_head_dim)
+            .split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        )
+        index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
+
+        query = hidden_states.new_empty(len(hidden_states), self.heads, config.latent_dim)
+        query[..., : config.kv_lora_rank] = torch.bmm(nope_query.transpose(0, 1), self.w_uk).transpose(0, 1)
+        attended = hidden_states.new_empty(len(hidden_states), self.heads, config.kv_lora_rank)
+        _write_select_attend(
+            self, positions, latent, rope_key, index_key, rope_query, index_query, head_weights, query, attended
+        )
+        values = torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1)  # [T, N, v]
+        return self.o_proj(values.flatten(1))[0]
+
+
+@eager_break_during_capture
+def _write_select_attend(
+    layer: DSAAttention,
+    positions: torch.Tensor,
+    latent: torch.Tensor,
+    rope_key: torch.Tensor,
+    index_key: torch.Tensor,
+    rope_query: torch.Tensor,
+    index_query: torch.Tensor,
+    head_weights: torch.Tensor,
+    query: torch.Tensor,
+    attended: torch.Tensor,
+) -> None:
+    """The three operations on the step's real rows; writes ``attended`` [T, N, R], zero in padding rows."""
+    metadata: DSAMetadata | None = (get_forward_context().attn_metadata or {}).get(layer.layer_name)
+    if metadata is None:  # a profiling or warm-up run
+        attended.zero_()
+        return
+    n, kernels, rows = metadata.num_tokens, layer.kernels, metadata.rows
+    attended[n:].zero_()
+    latent_pages, index_pages = layer.kv_cache.squeeze(1), layer.indexer.cache.pages
+    positions = positions[:n]
+    kernels.write_keys(
+        latent[:n],
+        rope_key[:n],
+        index_key[:n],
+        layer.norms,
+        layer.rope,
+        positions,
+        metadata.slots[:n],
+        latent_pages,
+        index_pages,
+    )
+    codes, weights = kernels.write_queries(
+        rope_query[:n], index_query[:n], head_weights[:n], layer.rope, positions, query[:n]
+    )
+    selected = torch.empty(n, layer.config.index_topk, dtype=torch.int32, device=query.device)
+    kernels.select(codes, weights, index_pages, rows, selected)
+    kernels.attend(query[:n], latent_pages, rows, selected, layer.config.softmax_scale, attended[:n])
+
+
+def _cos_sin(config: DSAConfig, max_model_len: int) -> torch.Tensor:
+    """vLLM's rotary table [positions, P] in float32: cosines, then sines."""
+    rope = dict(config.rope)
+    if rope["rope_type"] != "default":
+        rope["rope_type"] = "deepseek_yarn"
+    table = get_rope(
+        config.qk_rope_head_dim,
+        max_position=config.max_position_embeddings,
+        is_neox_style=False,
+        rope_parameters=rope,
+        dtype=torch.float32,
+    ).cos_sin_cache
+    if len(table) < max_model_len:
+        raise ConfigError(
+            f"max_model_len {max_model_len} exceeds the {len(table)} positions of this model's RoPE "
+            f"(original_max_position_embeddings x factor). Lower --max-model-len or restore the published rope_scaling."
+        )
+    return table.float()

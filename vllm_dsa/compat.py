@@ -1,0 +1,102 @@
+"""Every name of vLLM that this package touches, and where it stands.
+
+``from vllm_dsa.compat import X`` imports X from vLLM on first use, so that importing this module loads nothing. A name
+whose home or signature differs between the supported versions gets a function below the table.
+"""
+
+from importlib import import_module
+from typing import Any
+
+SUPPORTED = ("0.32", "0.33")
+
+# name here -> "module:attribute" in vLLM
+NAMES = {
+    "AttentionBackend": "vllm.v1.attention.backend:AttentionBackend",
+    "AttentionBackendEnum": "vllm.v1.attention.backends.registry:AttentionBackendEnum",
+    "AttentionCGSupport": "vllm.v1.attention.backend:AttentionCGSupport",
+    "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
+    "ColumnParallelLinear": "vllm.model_executor.layers.linear:ColumnParallelLinear",
+    "DeepseekV2MLP": "vllm.model_executor.models.deepseek_v2:DeepseekV2MLP",
+    "DeepseekV2MoE": "vllm.model_executor.models.deepseek_v2:DeepseekV2MoE",
+    "IntermediateTensors": "vllm.sequence:IntermediateTensors",
+    "LogitsProcessor": "vllm.model_executor.layers.logits_processor:LogitsProcessor",
+    "MLAAttentionSpec": "vllm.v1.kv_cache_interface:MLAAttentionSpec",
+    "MODELS_CONFIG_MAP": "vllm.model_executor.models.config:MODELS_CONFIG_MAP",
+    "MergedColumnParallelLinear": "vllm.model_executor.layers.linear:MergedColumnParallelLinear",
+    "ModelRegistry": "vllm:ModelRegistry",
+    "MultipleOf": "vllm.v1.attention.backend:MultipleOf",
+    "PPMissingLayer": "vllm.model_executor.models.utils:PPMissingLayer",
+    "ParallelLMHead": "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+    "RMSNorm": "vllm.model_executor.layers.layernorm:RMSNorm",
+    "ReplicatedLinear": "vllm.model_executor.layers.linear:ReplicatedLinear",
+    "RowParallelLinear": "vllm.model_executor.layers.linear:RowParallelLinear",
+    "SupportsPP": "vllm.model_executor.models.interfaces:SupportsPP",
+    "VerifyAndUpdateConfig": "vllm.model_executor.models.config:VerifyAndUpdateConfig",
+    "VocabParallelEmbedding": "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding",
+    "current_platform": "vllm.platforms:current_platform",
+    "eager_break_during_capture": "vllm.compilation.breakable_cudagraph:eager_break_during_capture",
+    "environment_variables": "vllm.envs:environment_variables",
+    "get_current_vllm_config": "vllm.config:get_current_vllm_config",
+    "get_forward_context": "vllm.forward_context:get_forward_context",
+    "get_pp_group": "vllm.distributed:get_pp_group",
+    "get_rope": "vllm.model_executor.layers.rotary_embedding:get_rope",
+    "get_tensor_model_parallel_world_size": "vllm.distributed:get_tensor_model_parallel_world_size",
+    "init_logger": "vllm.logger:init_logger",
+    "default_weight_loader": "vllm.model_executor.model_loader.weight_utils:default_weight_loader",
+    "is_pp_missing_parameter": "vllm.model_executor.models.utils:is_pp_missing_parameter",
+    "make_empty_intermediate_tensors_factory": "vllm.model_executor.models.utils:make_empty_intermediate_tensors_factory",
+    "make_layers": "vllm.model_executor.models.utils:make_layers",
+    "maybe_prefix": "vllm.model_executor.models.utils:maybe_prefix",
+    "mtp_layer_of_weight": "vllm.model_executor.models.utils:get_spec_layer_idx_from_weight_name",
+    "register_backend": "vllm.v1.attention.backends.registry:register_backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = NAMES[name].split(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, e.g. "0.32.0+cpu"."""
+    return import_module("vllm").__version__
+
+
+def is_supported(version: str) -> bool:
+    """Is this vLLM version within the range this package was written for?"""
+    return ".".join(version.split(".")[:2]) in SUPPORTED
+
+
+def register_layer(prefix: str, layer: Any) -> None:
+    """Make a layer known to vLLM's cache allocation and forward context under its unique name."""
+    from vllm.config import get_current_vllm_config
+
+    layers = get_current_vllm_config().compilation_config.static_forward_context
+    if prefix in layers:
+        raise ValueError(f"attention layer {prefix!r} is registered twice; give each layer its own prefix.")
+    layers[prefix] = layer
+
+
+def dequantised_weight(linear: Any, dtype: Any) -> Any:
+    """Weight [out, in] of a vLLM linear layer in ``dtype``, whatever its quantisation."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    return get_and_maybe_dequant_weights(linear, out_dtype=dtype)
+
+
+def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, int, str]]:
+    """(fused parameter, checkpoint tensor, expert, shard) of every routed expert, under the published names."""
+    from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+
+    return fused_moe_make_expert_params_mapping(
+        model,
+        ckpt_gate_proj_name="gate_proj",
+        ckpt_down_proj_name="down_proj",
+        ckpt_up_proj_name="up_proj",
+        num_experts=num_experts,
+    )

@@ -1,0 +1,150 @@
+"""Every DSA fact of a model's config in one checked place. Standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Indexer RoPE layout by model type. The published weights fix it; a config cannot change it.
+INDEX_ROPE_INTERLEAVED = {"deepseek_v32": False}
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+)
+_ROPE_TYPES = ("default", "yarn", "deepseek_yarn")
+# Keys that circulate in articles and stand in no published config: whoever sets them expects an effect.
+_UNKNOWN_KEYS = ("rope_interleaved", "dsa_pattern")
+
+
+class ConfigError(ValueError):
+    """A model config that this package will not serve; the message names key, value and next step."""
+
+
+@dataclass(frozen=True)
+class DSAConfig:
+    """Sizes and choices of one DSA model, names as in its config.json.
+
+    index_rope_interleaved: layout of the indexer's RoPE (MLA's own is interleaved, always).
+    rope: rope type, theta and scaling, as one mapping with the key ``rope_type``.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    index_rope_interleaved: bool
+    rope: Mapping[str, Any]
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of one latent row: the latent and the rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """MLA softmax scale: qk_head_dim^-0.5, times mscale^2 under YaRN."""
+        return self.qk_head_dim**-0.5 * yarn_mscale(self.rope) ** 2
+
+    @classmethod
+    def from_hf(cls, hf_config: Any) -> "DSAConfig":
+        """Read an HF config object, or config.json as a mapping. Raises ConfigError."""
+        get = hf_config.get if isinstance(hf_config, Mapping) else lambda key, default=None: getattr(hf_config, key, default)
+        model_type = get("model_type")
+        if model_type not in INDEX_ROPE_INTERLEAVED:
+            raise ConfigError(
+                f"model_type: {model_type!r} is not a DSA model that vllm-dsa serves "
+                f"({', '.join(INDEX_ROPE_INTERLEAVED)}). Set VLLM_DSA_DISABLE=1 to serve it with stock vLLM."
+            )
+        _refuse_layout_keys(get, model_type)
+        values = {key: _positive_int(get, key) for key in _SIZES}
+        if values["qk_rope_head_dim"] > values["index_head_dim"] or values["qk_rope_head_dim"] % 2:
+            raise ConfigError(
+                f"qk_rope_head_dim: {values['qk_rope_head_dim']} must be even and at most index_head_dim "
+                f"({values['index_head_dim']}), whose first dims it rotates. Restore the published config.json."
+            )
+        return cls(
+            model_type=model_type,
+            rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=_positive_int(get, "max_position_embeddings"),
+            index_rope_interleaved=INDEX_ROPE_INTERLEAVED[model_type],
+            rope=_rope(get),
+            **values,
+        )
+
+
+def yarn_mscale(rope: Mapping[str, Any]) -> float:
+    """YaRN's mscale = 0.1 * mscale_all_dim * ln(factor) + 1 (DeepSeek-V3 report, section 4.3); 1 without YaRN."""
+    from math import log
+
+    factor, all_dim = float(rope.get("factor", 1.0)), float(rope.get("mscale_all_dim", 0.0))
+    if rope["rope_type"] == "default" or factor <= 1.0:
+        return 1.0
+    return 0.1 * all_dim * log(factor) + 1.0
+
+
+def _refuse_layout_keys(get: Any, model_type: str) -> None:
+    for key in _UNKNOWN_KEYS:
+        if get(key) is not None:
+            raise ConfigError(
+                f"{key}: {get(key)!r} is a key of no published DSA config and would have no effect. "
+                f"Remove it from config.json (and --hf-overrides)."
+            )
+    if get("rope_interleave", True) is not True:
+        raise ConfigError(
+            f"rope_interleave: {get('rope_interleave')!r} is refused: MLA's RoPE is interleaved in every DSA model, "
+            f"another layout gives fluent text up to index_topk tokens and garbage after. Remove the key."
+        )
+    wanted = INDEX_ROPE_INTERLEAVED[model_type]
+    if get("indexer_rope_interleave", wanted) is not wanted:
+        raise ConfigError(
+            f"indexer_rope_interleave: {get('indexer_rope_interleave')!r} is refused: the indexer of {model_type} has "
+            f"{'interleaved' if wanted else 'non-interleaved'} RoPE, another layout gives fluent text up to index_topk "
+            f"tokens and garbage after. Remove the key or set it to {str(wanted).lower()}."
+        )
+
+
+def _positive_int(get: Any, key: str) -> int:
+    value = get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"{key}: {value!r} is refused: it must be a whole number of at least 1. "
+            f"Restore the published config.json or correct --hf-overrides."
+        )
+    return value
+
+
+def _rope(get: Any) -> dict[str, Any]:
+    """One mapping from either spelling: rope_parameters, or rope_scaling with rope_theta beside it."""
+    rope = dict(get("rope_parameters") or get("rope_scaling") or {})
+    rope_type = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if rope_type not in _ROPE_TYPES:
+        raise ConfigError(
+            f"rope type: {rope_type!r} is refused: DSA models use {' or '.join(_ROPE_TYPES[:2])}. "
+            f"Restore rope_scaling of the published config.json."
+        )
+    rope["rope_type"] = rope_type
+    rope.setdefault("rope_theta", get("rope_theta") or 10000.0)
+    return rope

@@ -1,0 +1,220 @@
+"""DeepSeek-V3.2-Exp, V3.2, V3.2-Speciale and DeepSeekMath-V2: the decoder stack and the checkpoint's names.
+
+Everything but attention is vLLM's: embedding, norms, MLP, mixture of experts, head.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_dsa.attention import DSAAttention
+from vllm_dsa.compat import (
+    DeepseekV2MLP,
+    DeepseekV2MoE,
+    IntermediateTensors,
+    LogitsProcessor,
+    ParallelLMHead,
+    PPMissingLayer,
+    RMSNorm,
+    SupportsPP,
+    VocabParallelEmbedding,
+    default_weight_loader,
+    expert_params_mapping,
+    get_pp_group,
+    is_pp_missing_parameter,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+    mtp_layer_of_weight,
+)
+from vllm_dsa.config import DSAConfig
+
+# (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
+STACKED = (
+    ("fused_qkv_a_proj", "q_a_proj", 0),
+    ("fused_qkv_a_proj", "kv_a_proj_with_mqa", 1),
+    ("gate_up_proj", "gate_proj", 0),
+    ("gate_up_proj", "up_proj", 1),
+)
+
+
+class DecoderLayer(nn.Module):
+    """Norm, DSA attention, norm, and an MLP or (from first_k_dense_replace on) a mixture of experts."""
+
+    def __init__(self, vllm_config: Any, config: DSAConfig, prefix: str) -> None:
+        super().__init__()
+        hf_config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        index = int(prefix.rsplit(".", 1)[1])
+        self.self_attn = DSAAttention(config, quant_config, prefix=f"{prefix}.self_attn")
+        if index >= hf_config.first_k_dense_replace and index % getattr(hf_config, "moe_layer_freq", 1) == 0:
+            self.mlp = DeepseekV2MoE(
+                config=hf_config,
+                parallel_config=vllm_config.parallel_config,
+                quant_config=quant_config,
+                prefix=f"{prefix}.mlp",
+                apply_routed_scale_to_output=True,
+            )
+        else:
+            self.mlp = DeepseekV2MLP(
+                hidden_size=hf_config.hidden_size,
+                intermediate_size=hf_config.intermediate_size,
+                hidden_act=hf_config.hidden_act,
+                quant_config=quant_config,
+                prefix=f"{prefix}.mlp",
+            )
+        self.input_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T], hidden_states and residual [T, hidden]; the stream is their sum."""
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states), residual
+
+
+class DeepseekV32Model(nn.Module):
+    """Embedding, decoder layers of this pipeline stage, final norm."""
+
+    def __init__(self, vllm_config: Any, prefix: str) -> None:
+        super().__init__()
+        hf_config = vllm_config.model_config.hf_config
+        config = DSAConfig.from_hf(hf_config)
+        self.embed_tokens = (
+            VocabParallelEmbedding(hf_config.vocab_size, hf_config.hidden_size, prefix=f"{prefix}.embed_tokens")
+            if get_pp_group().is_first_rank
+            else PPMissingLayer()
+        )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            hf_config.num_hidden_layers,
+            lambda prefix: DecoderLayer(vllm_config, config, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.norm = (
+            RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
+            if get_pp_group().is_last_rank
+            else PPMissingLayer()
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | Any:
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            residual = None
+        else:
+            hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        return self.norm(hidden_states, residual)[0]
+
+
+class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
+    """The model class that vLLM instantiates for architecture DeepseekV32ForCausalLM."""
+
+    packed_modules_mapping = {
+        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.model = DeepseekV32Model(vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = (
+            ParallelLMHead(
+                self.config.vocab_size,
+                self.config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if get_pp_group().is_last_rank
+            else PPMissingLayer()
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], self.config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | Any:
+        """Token ids and positions [T] to hidden states [T, hidden]."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Hidden states [rows, hidden] to logits [rows, vocab]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def get_expert_mapping(self) -> list[tuple[str, str, int, str]]:
+        """(parameter, checkpoint tensor, expert, shard) of every routed expert's weight."""
+        return expert_params_mapping(self, self.config.n_routed_experts)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a published checkpoint's tensors; returns the names of the parameters that were set."""
+        params = dict(self.named_parameters())
+        experts = self.get_expert_mapping()
+        loaded: set[str] = set()
+        for name, tensor in weights:
+            if "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None:
+                continue
+            if ".mlp.experts." in name:
+                loaded |= _load_expert(self, params, experts, name, tensor)
+                continue
+            for parameter, part, shard in STACKED:
+                if f".{part}." in name:
+                    name = name.replace(f".{part}.", f".{parameter}.")
+                    args = (tensor, shard)
+                    break
+            else:
+                args = (tensor,)
+            if is_pp_missing_parameter(name, self):
+                continue
+            if name not in params:
+                raise ValueError(
+                    f"checkpoint tensor {name!r} belongs to no parameter of {type(self).__name__}. "
+                    f"Check that config.json and the safetensors files are of the same model."
+                )
+            loader = getattr(params[name], "weight_loader", default_weight_loader)
+            loader(params[name], *args)
+            loaded.add(name)
+        return loaded
+
+
+def _load_expert(
+    model: nn.Module, params: dict[str, nn.Parameter], experts: list[Any], name: str, tensor: torch.Tensor
+) -> set[str]:
+    """Hand one expert's tensor to the fused parameter that holds it, unless another rank holds that expert."""
+    for parameter, part, expert, shard in experts:
+        if part not in name:
+            continue
+        target = name.replace(part, parameter)
+        if is_pp_missing_parameter(target, model):
+            continue
+        if params[target].weight_loader(
+            params[target], tensor, target, shard_id=shard, expert_id=expert, return_success=True
+        ):
+            return {target}
+    return set()

@@ -1,0 +1,75 @@
+"""What we adjust in vLLM's config before the engine starts, and what we refuse there. Chained to what stood before."""
+
+from typing import Any
+
+from vllm_dsa import cache, compat
+from vllm_dsa.config import ConfigError, DSAConfig
+
+ARCHITECTURES = ("DeepseekV32ForCausalLM",)
+BLOCK_SIZE_MULTIPLE = 16
+FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
+CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
+
+
+def install() -> None:
+    """Put our config hook before the one that vLLM has for each architecture. Idempotent."""
+    for architecture in ARCHITECTURES:
+        previous = compat.MODELS_CONFIG_MAP.get(architecture, compat.VerifyAndUpdateConfig)
+        if not getattr(previous, "vllm_dsa_hook", False):
+            compat.MODELS_CONFIG_MAP[architecture] = _chained(previous)
+
+
+def _chained(previous: type) -> type:
+    class DSAModelConfig(previous):  # type: ignore[misc,valid-type]
+        vllm_dsa_hook = True
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            check(vllm_config)
+            previous.verify_and_update_config(vllm_config)
+            if compat.current_platform.is_cpu():
+                enable_paged_features_on_cpu(vllm_config)
+
+    return DSAModelConfig
+
+
+def check(vllm_config: Any) -> None:
+    """Refuse, by key and value, what this package would not serve right; settle the cache dtype."""
+    model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    config = DSAConfig.from_hf(model_config.hf_config)
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype} is refused: DSA layers run in bfloat16 or float32. Pass one of them.")
+    asked = cache_config.cache_dtype
+    if asked not in CACHE_DTYPES:
+        raise ConfigError(
+            f"--kv-cache-dtype {asked} is refused: DSA's latent cache is one of {', '.join(CACHE_DTYPES)}. Pass one "
+            f"of them."
+        )
+    if asked == "bfloat16" and dtype != "bfloat16":
+        raise ConfigError(
+            f"--kv-cache-dtype bfloat16 is refused with --dtype {dtype}: the cache holds the model's dtype. Pass "
+            f"--kv-cache-dtype auto or --dtype bfloat16."
+        )
+    if asked in FP8_DS_MLA_NAMES:
+        if (config.kv_lora_rank, config.qk_rope_head_dim) != (512, 64):
+            raise ConfigError(
+                f"--kv-cache-dtype {asked} is refused: its 656-byte rows hold kv_lora_rank 512 and qk_rope_head_dim "
+                f"64, this model has {config.kv_lora_rank} and {config.qk_rope_head_dim}. Pass --kv-cache-dtype auto."
+            )
+        cache_config.cache_dtype = cache.FP8_DS_MLA
+    block_size = cache_config.block_size
+    if cache_config.user_specified_block_size and block_size % BLOCK_SIZE_MULTIPLE:
+        raise ConfigError(
+            f"--block-size {block_size} is refused: pages hold a multiple of {BLOCK_SIZE_MULTIPLE} tokens. Pass "
+            f"e.g. --block-size 64."
+        )
+
+
+def enable_paged_features_on_cpu(vllm_config: Any) -> None:
+    """Keep chunked prefill, prefix caching and the asked block size on a CPU.
+
+    vLLM's own CPU MLA kernels need block size 16 and whole prompts, so its CPU platform imposes both on every model
+    that it takes for MLA. Our layers need neither.
+    """
+    vllm_config.model_config.model_arch_config.is_deepseek_mla = False
