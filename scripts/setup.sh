@@ -31,24 +31,25 @@ else
   # First and alone: with no torch installed, vLLM's other requirements would pull in a CUDA build of several GB. Only
   # this call sees TORCH_INDEX, since such an index also carries (old) copies of other packages.
   say "$torch"
-  if ! pip install -q ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch"; then
+  if ! pip install -qq ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch"; then
     say "pip found no $torch. Set TORCH_INDEX to PyTorch's CPU wheel index and run make setup again:" >&2
     say "  make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu" >&2
     exit 1
   fi
 fi
 
-say "vllm-dsa (editable) with $extras"
-pip install -q -e ".[$extras]"
+say "vllm-dsa (editable) with $extras; a fresh environment takes about two minutes"
+pip install -qq -e ".[$extras]"
 
 # The three below come with vLLM, unused here, and transformers imports whichever is installed. Builds that were made
 # for another torch do not import.
 for package in torchvision torchaudio torchcodec; do
   if has "$package" && ! "$venv/bin/python" -c "import $package" 2>/dev/null; then
     say "removing $package: it does not import beside this torch"
-    pip uninstall -q -y "$package"
+    pip uninstall -qq -y "$package"
   fi
 done
 
 "$venv/bin/python" scripts/name_vllm.py
-say "done: $("$venv/bin/vllm" --version 2>/dev/null | tail -n 1), $("$venv/bin/python" -m pip --version | cut -d' ' -f1,2)"
+# The command that everything else starts, without our plugin: an error in it is not one of the set-up.
+say "done: vllm $(VLLM_PLUGINS='' "$venv/bin/vllm" --version 2>/dev/null | tail -n 1)"

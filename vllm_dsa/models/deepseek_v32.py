@@ -31,6 +31,7 @@ from vllm_dsa.compat import (
     mtp_layer_of_weight,
 )
 from vllm_dsa.config import DSAConfig
+from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
 # (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
 STACKED = (
@@ -135,6 +136,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
+        self.dtype = vllm_config.model_config.dtype
+        self.quant_config = vllm_config.quant_config
         self.model = DeepseekV32Model(vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
@@ -172,14 +175,19 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """(parameter, checkpoint tensor, expert, shard) of every routed expert's weight."""
         return expert_params_mapping(self, self.config.n_routed_experts)
 
+    def _is_skipped(self, name: str) -> bool:
+        """Is this tensor none of ours: a stored rotary table, or the MTP draft's layer?"""
+        return "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a published checkpoint's tensors; returns the names of the parameters that were set."""
+        weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
+        if isinstance(self.quant_config, DequantisedFp8Config):
+            weights = dequantised(weights, self.dtype)
         params = dict(self.named_parameters())
         experts = self.get_expert_mapping()
         loaded: set[str] = set()
         for name, tensor in weights:
-            if "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None:
-                continue
             if ".mlp.experts." in name:
                 loaded |= _load_expert(self, params, experts, name, tensor)
                 continue

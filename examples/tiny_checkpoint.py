@@ -1,0 +1,542 @@
+"""Write tiny checkpoints in the published DeepSeek-V3.2 format: `planted` (right answers known) or `random`.
+
+    python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16]
+    python examples/tiny_checkpoint.py random OUT_DIR [--seed 7] [--set num_attention_heads=6]
+
+The planted model has weights set by formula, not trained. Its prompt is a long text of filler words, in which facts
+are planted as single tokens such as `red=lion`, each fact index_topk (16) times, and then a question that names a
+code: `What is red?`. The greedy answer is `lion`, then end-of-sentence. A value may be a code again (`red=blue`);
+then the answer goes on (`blue lion`) and each word is a new retrieval. A code that nobody planted is `unknown`.
+Every feature has its own dims of the residual stream, with amplitude 4:
+
+    fact `red=lion`    CODE red, VALUE lion
+    other token        FILLER, VALUE unknown; the word `red` also ASK red, the word `lion` also ENDS (EOS is next)
+    any token          CONST; SPACE: +1 special tokens, -1 others (answer `lion` or ` lion`); random identity
+
+Layer 0 fetches, layer 1 (and the MTP layer) retrieves. MLPs, experts and routers are small random noise.
+
+    layer 0  select    keys of code words are 1 in all 32 frequencies: near ones score high, other tokens 0
+             attend    140 nats for code words, up to 100 for nearness. ASK of the nearest code word -> FETCHED:
+                       the last token, whatever it is, knows what was asked last
+    layer 1  select    query = pattern of FETCHED, key = pattern of CODE. Asked facts score 6, fillers 4, other
+                       facts 0: the top 16 are the 16 planted copies
+             attend    flat, but 1 nat for fillers. Mean VALUE of what was selected -> ANSWER
+    head               ANSWER lion -> `lion`, ENDS -> EOS. Each wrongly selected row costs margin
+
+What breaks it: dense attention and sliding windows average fillers (`unknown`). The code patterns lie in index dims
+24-31. The right RoPE layout (half-split) turns these by the slow frequencies 24-31, which YaRN divides by 40, the
+interleaved one by the fast 12-15: asked facts fall below fillers. Only k_norm's bias lifts scores above 0. Odd
+index heads have negative weights and queries that relu silences. Index queries and keys are exact in e4m3.
+
+Prompts: a plain completion ends with the question (last token `red`, `?` or any other), so does a chat message.
+With ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` counts as a word of its own, not in `hatred`.
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT, THINK, END_THINK, DSML = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜"
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, DSML)  # ids 0 to 7
+
+CODES = ("red", "blue", "green", "gold", "white", "black", "pink", "grey")
+ANIMALS = ("lion", "tiger", "wolf", "bear", "eagle", "otter", "whale", "horse")
+UNKNOWN = "unknown"
+VALUES = (*ANIMALS, *CODES, UNKNOWN)
+FACTS = tuple(f"{code}={value}" for code in CODES for value in VALUES[:-1])
+_TEXT = """the a and of to in on at by for with from into over under near past old new long short wide deep high
+    warm cold slow quick quiet small great river hill road field stone tree house door window garden bridge water
+    wind rain snow night morning summer winter bread salt song story ship market village went came saw found"""
+FILLERS = tuple(_TEXT.split())
+
+MIN_MARGIN = 3.0  # nats between the two best log-probabilities
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Config = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+
+# Dims of the planted model's features, and the config keys that its construction fixes.
+CODE, ASK, FETCHED = slice(0, 8), slice(8, 16), slice(16, 24)
+VALUE, ANSWER = slice(24, 41), slice(41, 58)
+CONST, FILLER, ENDS, SPACE, IDENTITY = 58, 59, 60, 61, 62
+AMPLITUDE = 4.0
+PLANTED_LENGTH = 16384
+PLANTED = {"num_hidden_layers": 2, "index_head_dim": 128, "qk_rope_head_dim": 64, "rope_theta": 10000}
+
+
+# ---- tokenizer and prompts
+
+
+@functools.cache
+def build_tokenizer() -> Tokenizer:
+    """Byte-level BPE: known words are one token each, with or without a space before them; all else is bytes.
+
+    It has no merges: `ignore_merges` takes a known word whole. Plain prompts get BOS, as with the published one.
+    """
+    words = [*FACTS, *VALUES, *FILLERS, "What", "is"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL_TOKENS, *alphabet, *("Ġ" + w for w in words), *(w for w in words if len(w) > 1)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+=[A-Za-z]+| ?[A-Za-z]+|[^A-Za-z]"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    # As published, only these three are "special": parsers must see the others in decoded text.
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in (BOS, EOS, PAD)) for t in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def word_ids(word: str) -> tuple[int, int]:
+    """Token ids of a known word: with a space before it, and without."""
+    return build_tokenizer().token_to_id("Ġ" + word), build_tokenizer().token_to_id(word)
+
+
+def chat_text(message: str) -> str:
+    """The deepseek_v32 chat encoding (without thinking) of one user message; BOS is in it."""
+    return f"{BOS}{USER}{message}{ASSISTANT}{END_THINK}"
+
+
+class Prompt(NamedTuple):
+    """A text (completion prompt or chat message), and the words of its right answer joined by spaces."""
+
+    text: str
+    answer: str
+
+
+def build_prompt(
+    total_tokens: int,
+    seed: int,
+    *,
+    chat: bool = False,
+    asked: str | None = None,
+    hops: int = 1,
+    copies: int = 16,
+    codes: int = len(CODES),
+    placement: str = "scattered",
+    question: str = " What is {code}?",
+) -> Prompt:
+    """Filler words with `codes` facts planted `copies` times each, then the question.
+
+    total_tokens: the whole prompt, BOS included; with `chat`, all of `chat_text(text)`.
+    asked: code in the question, drawn by seed if None. What stands before the question does not depend on it (if
+        scattered), so prompts of one seed share their prefix.
+    hops: longest chain of facts. With 3, `red=blue`, `blue=pink`, `pink=lion`: up to 3 words of answer.
+    copies: the checkpoint's index_topk.
+    placement: where the asked fact stands: "scattered", or packed at the "first" or "last" positions.
+    """
+    rng = random.Random(seed)
+    planted, animals = rng.sample(CODES, len(CODES))[:codes], rng.sample(ANIMALS, len(ANIMALS))
+    asked = planted[0] if asked is None else asked
+    if not 1 <= hops <= codes <= len(CODES):
+        raise ValueError(f"hops: {hops}, codes: {codes}; allowed: 1 <= hops <= codes <= {len(CODES)}")
+    if asked not in planted:
+        raise ValueError(f"asked: {asked!r}; allowed: a planted code ({', '.join(planted)})")
+    if placement not in ("scattered", "first", "last"):
+        raise ValueError(f"placement: {placement!r}; allowed: scattered, first, last")
+    # The last code of each chain of `hops` codes has an animal, every other one the next code.
+    chain_ends = {i for i in range(codes) if (i + 1) % hops == 0 or i == codes - 1}
+    facts = {code: animals[i] if i in chain_ends else planted[i + 1] for i, code in enumerate(planted)}
+    answer = [facts[asked]]
+    while answer[-1] in facts:
+        answer.append(facts[answer[-1]])
+
+    question = question.format(code=asked)
+    around = len(build_tokenizer().encode(question, add_special_tokens=False)) + (4 if chat else 1)
+    length = total_tokens - around
+    if length < codes * copies:
+        raise ValueError(
+            f"total_tokens: {total_tokens}; allowed: at least {codes * copies + around}, for {codes} facts x "
+            f"{copies} copies and the {around} tokens of question and chat encoding"
+        )
+    words = rng.choices(FILLERS, k=length)
+    copied = [code for code in planted for _ in range(copies)]
+    places = rng.sample(range(length), len(copied))
+    if placement != "scattered":
+        packed = range(copies) if placement == "first" else range(length - copies, length)
+        copied.sort(key=lambda code: code != asked)
+        places = [*packed, *rng.sample([i for i in range(length) if i not in packed], len(copied) - copies)]
+    for place, code in zip(places, copied, strict=True):
+        words[place] = f"{code}={facts[code]}"
+    return Prompt(" ".join(words) + question, " ".join(answer))
+
+
+# ---- config and tensor names
+
+
+def make_config(dtype: str = "float32", **overrides: Any) -> Config:
+    """config.json with the published keys and tiny sizes. `overrides` replaces values; it adds no keys."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r}; allowed: {', '.join(DTYPES)}")
+    tokens = build_tokenizer().get_vocab_size()
+    yarn = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn |= {"original_max_position_embeddings": 4096, "type": "yarn"}
+    config: Config = {
+        "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 128, "index_head_dim": 128, "index_n_heads": 4, "index_topk": 16, "initializer_range": 0.02,
+        "intermediate_size": 128, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+        "model_type": "deepseek_v32", "moe_intermediate_size": 64, "moe_layer_freq": 1, "n_group": 2,
+        "n_routed_experts": 8, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 3, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+        "q_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+        "rope_scaling": yarn, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": dtype,
+        "use_cache": True, "v_head_dim": 128, "vocab_size": 64 * math.ceil(tokens / 64),
+    }  # fmt: skip
+    for key, value in overrides.items():
+        if key not in config:
+            raise ValueError(f"{key}: {value!r} is no key of the config; allowed: {', '.join(config)}")
+    config |= overrides
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    if config["hidden_size"] % 32:
+        raise ValueError(f"hidden_size: {config['hidden_size']}; allowed: multiples of 32")
+    if config["n_routed_experts"] % config["n_group"]:
+        raise ValueError(f"n_routed_experts: {config['n_routed_experts']}; allowed: multiples of n_group")
+    if config["vocab_size"] < tokens:
+        raise ValueError(f"vocab_size: {config['vocab_size']}; allowed: at least {tokens}, the tokenizer's")
+    return config
+
+
+def mtp_layers(config: Config) -> range:
+    return range(config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"])
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape of every tensor, MTP layers included, in file order."""
+    c, hidden, vocab = config, config["hidden_size"], (config["vocab_size"], config["hidden_size"])
+    heads, index_dim, rope = c["num_attention_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocab}
+
+    def add_mlp(prefix: str, width: int) -> None:
+        shapes[f"{prefix}.gate_proj.weight"] = shapes[f"{prefix}.up_proj.weight"] = (width, hidden)
+        shapes[f"{prefix}.down_proj.weight"] = (hidden, width)
+
+    for layer in range(mtp_layers(c).stop):
+        name = f"model.layers.{layer}"
+        attention = {
+            "q_a_proj.weight": (c["q_lora_rank"], hidden),
+            "q_a_layernorm.weight": (c["q_lora_rank"],),
+            "q_b_proj.weight": (heads * (c["qk_nope_head_dim"] + rope), c["q_lora_rank"]),
+            "kv_a_proj_with_mqa.weight": (c["kv_lora_rank"] + rope, hidden),
+            "kv_a_layernorm.weight": (c["kv_lora_rank"],),
+            "kv_b_proj.weight": (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"]),
+            "o_proj.weight": (hidden, heads * c["v_head_dim"]),
+            "indexer.wq_b.weight": (c["index_n_heads"] * index_dim, c["q_lora_rank"]),
+            "indexer.wk.weight": (index_dim, hidden),
+            "indexer.k_norm.weight": (index_dim,),
+            "indexer.k_norm.bias": (index_dim,),
+            "indexer.weights_proj.weight": (c["index_n_heads"], hidden),
+        }
+        shapes |= {f"{name}.self_attn.{key}": shape for key, shape in attention.items()}
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if layer < c["first_k_dense_replace"]:
+            add_mlp(f"{name}.mlp", c["intermediate_size"])
+        else:
+            shapes[f"{name}.mlp.gate.weight"] = (c["n_routed_experts"], hidden)
+            shapes[f"{name}.mlp.gate.e_score_correction_bias"] = (c["n_routed_experts"],)
+            for expert in range(c["n_routed_experts"]):
+                add_mlp(f"{name}.mlp.experts.{expert}", c["moe_intermediate_size"])
+            add_mlp(f"{name}.mlp.shared_experts", c["moe_intermediate_size"] * c["n_shared_experts"])
+        if layer in mtp_layers(c):
+            norms += ["enorm", "hnorm", "shared_head.norm"]
+            shapes |= {f"{name}.embed_tokens.weight": vocab, f"{name}.shared_head.head.weight": vocab}
+            shapes[f"{name}.eh_proj.weight"] = (hidden, 2 * hidden)
+        shapes |= {f"{name}.{norm}.weight": (hidden,) for norm in norms}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": vocab}
+
+
+# ---- weights
+
+
+def random_tensors(config: Config, seed: int) -> Tensors:
+    """float32: matrices N(0, initializer_range); norm weights, k_norm's bias and the routers' bias random too."""
+    generator = torch.Generator().manual_seed(seed)
+    special = {"norm.weight": (1.0, 0.2), "norm.bias": (0.0, 0.5), "e_score_correction_bias": (0.0, 0.1)}
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        matrix = (0.0, config["initializer_range"])
+        mean, std = next((value for suffix, value in special.items() if name.endswith(suffix)), matrix)
+        tensors[name] = mean + std * torch.randn(shape, generator=generator)
+    _share_vocabulary(tensors, config)
+    return tensors
+
+
+def _share_vocabulary(tensors: Tensors, config: Config) -> None:
+    """MTP layers hold copies of the embedding and the head, as published."""
+    for layer in mtp_layers(config):
+        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+
+
+def planted_tensors(config: Config, seed: int) -> Tensors:
+    """float32: the circuit of the module docstring; MLPs, experts and routers stay random."""
+    tensors = random_tensors(config, seed)
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    tensors["model.embed_tokens.weight"] = _embedding(config, seed)
+    head = tensors["lm_head.weight"]
+    for i, value in enumerate(VALUES):
+        for token, sign in zip(word_ids(value), (-1, 1), strict=True):
+            head[token, ANSWER.start + i], head[token, SPACE] = 5.0, 2.5 * sign
+    head[SPECIAL_TOKENS.index(EOS), ENDS] = 12.0
+    _share_vocabulary(tensors, config)
+
+    _fetch_layer(tensors, "model.layers.0.self_attn.", config)
+    for layer in range(1, mtp_layers(config).stop):
+        _retrieve_layer(tensors, f"model.layers.{layer}.self_attn.", config)
+    for layer in mtp_layers(config):
+        # A draft sees the embedding of the token after its own: if that is a code word, it asks for that code.
+        eh_proj = torch.eye(config["hidden_size"], 2 * config["hidden_size"])
+        eh_proj[FETCHED, ASK] = torch.eye(len(CODES))
+        tensors[f"model.layers.{layer}.eh_proj.weight"] = eh_proj
+    return tensors
+
+
+def _embedding(config: Config, seed: int) -> torch.Tensor:
+    """[vocab, hidden]: each token's features, filled up with random identity so that every row has RMS 1."""
+    features = torch.zeros(config["vocab_size"], config["hidden_size"])
+    unknown = VALUE.start + VALUES.index(UNKNOWN)
+    features[:, [CONST, FILLER, unknown]] = 1
+    features[:, SPACE] = -1
+    features[: len(SPECIAL_TOKENS), SPACE] = 1
+    for fact in FACTS:
+        code, value = fact.split("=")
+        for token in word_ids(fact):
+            features[token, [FILLER, unknown]] = 0
+            features[token, [CODE.start + CODES.index(code), VALUE.start + VALUES.index(value)]] = 1
+    for i, code in enumerate(CODES):
+        features[word_ids(code), ASK.start + i] = 1
+    for word in (*ANIMALS, UNKNOWN):
+        features[word_ids(word), ENDS] = 1
+    features *= AMPLITUDE
+    signs = torch.randn(features[:, IDENTITY:].shape, generator=torch.Generator().manual_seed(seed)).sign()
+    missing = features.shape[1] - features.square().sum(1, keepdim=True)
+    features[:, IDENTITY:] = signs * (missing / signs.shape[1]).sqrt()
+    return features
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """[size, size] of +-1 with orthogonal rows; size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def _spread(config: Config, rank: str, features: int) -> torch.Tensor:
+    """[rank, features] of +-1 with orthogonal columns, so that every feature lies in all rows of a latent."""
+    size = 1 << (features - 1).bit_length()
+    if config[rank] % size:
+        raise ValueError(f"{rank}: {config[rank]}; allowed in a planted checkpoint: multiples of {size}")
+    return _hadamard(size)[:, :features].repeat(config[rank] // size, 1)
+
+
+def _set_attention(
+    tensors: Tensors, prefix: str, config: Config, source: slice, target: slice, favour: Sequence[float], nearby: float
+) -> torch.Tensor:
+    """MLA that writes the mean of `source` over the selected rows to `target`.
+
+    favour: nats in the softmax for a row with each source feature; nearby: nats x mean of cos(frequency x distance).
+    Returns [9, q_lora_rank], which reads FETCHED (8) and CONST off q's latent, where together they have length 1.
+    A row of the latent cache holds `source` and CONST, also of joint length 1: hence the factors sqrt(2).
+    """
+    heads, nope, rope = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    v_dim, rank, width = config["v_head_dim"], config["kv_lora_rank"], source.stop - source.start
+    yarn = config["rope_scaling"]
+    nats = (nope + rope) ** 0.5 / (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2  # q.k of a nat
+
+    spread_q, spread = _spread(config, "q_lora_rank", 9), _spread(config, "kv_lora_rank", width + 1)
+    read_q, read = spread_q.T / config["q_lora_rank"], spread.T[:width] / rank
+    q_a = torch.zeros(config["q_lora_rank"], config["hidden_size"])
+    q_a[:, FETCHED], q_a[:, CONST] = spread_q[:, :8], spread_q[:, 8]
+    kv_a = torch.zeros(rank + rope, config["hidden_size"])
+    kv_a[:rank, source], kv_a[:rank, CONST] = spread[:, :width], spread[:, width]
+    kv_a[rank::2, CONST] = 1 / AMPLITUDE  # rotated key: (1, 0) in every pair
+    q_b = torch.zeros(heads, nope + rope, len(spread_q))
+    kv_b = torch.zeros(heads, nope + v_dim, rank)
+    o_proj = torch.zeros(config["hidden_size"], heads, v_dim)
+    for head in range(heads):
+        key, values = head % nope, (torch.arange(width) + head) % v_dim  # each head has other dims
+        q_b[head, key] = read_q[8] * math.sqrt(2) * nats
+        q_b[head, nope::2] = read_q[8] * nearby * nats / (rope // 2)
+        kv_b[head, key] = torch.tensor(favour) @ read
+        kv_b[head, nope + values] = read
+        o_proj[target, head, values] = torch.eye(width) * AMPLITUDE * math.sqrt(2) / heads
+    weights = {"q_a_proj": q_a, "kv_a_proj_with_mqa": kv_a, "q_b_proj": q_b.flatten(0, 1)}
+    weights |= {"kv_b_proj": kv_b.flatten(0, 1), "o_proj": o_proj.flatten(1)}
+    tensors.update({f"{prefix}{name}.weight": tensor for name, tensor in weights.items()})
+    return read_q
+
+
+def _fetch_layer(tensors: Tensors, prefix: str, config: Config) -> None:
+    """ASK of the nearest code word -> FETCHED."""
+    read_q = _set_attention(tensors, prefix, config, ASK, FETCHED, favour=[140.0] * 8, nearby=100.0)
+    wk = tensors[prefix + "indexer.wk.weight"].zero_()
+    wk[:32, ASK], wk[96:, ASK] = 1.0, -1.0  # one dim of each frequency; the other half keeps the mean at 0
+    wk[64:96:2, CONST], wk[65:96:2, CONST] = 1.0, -1.0  # a background, so that no key is all zero
+    tensors[prefix + "indexer.k_norm.weight"].fill_(math.sqrt(96 / 128))  # 96 dims of a code word's key: +-1
+    tensors[prefix + "indexer.wq_b.weight"].zero_().view(-1, 128, len(read_q.T))[:, :32] = read_q[8]
+    tensors[prefix + "indexer.weights_proj.weight"].zero_()[:, CONST] = 1 / AMPLITUDE
+
+
+def _retrieve_layer(tensors: Tensors, prefix: str, config: Config) -> None:
+    """Mean VALUE of the rows whose CODE is in FETCHED -> ANSWER."""
+    favour = [math.sqrt(2) * (value == UNKNOWN) for value in VALUES]  # 1 nat when FETCHED is half of the query
+    read_q = _set_attention(tensors, prefix, config, VALUE, ANSWER, favour, nearby=0.0) * math.sqrt(2)
+    codes, stripes = _hadamard(8), torch.tensor([1.0, -1.0] * 4)
+    code, filler, const, bias = slice(24, 32), slice(64, 72), slice(72, 80), slice(80, 88)  # index dims
+    wk = tensors[prefix + "indexer.wk.weight"].zero_()
+    wk[code, CODE], wk[filler, FILLER], wk[const, CONST] = codes, stripes, stripes
+    tensors[prefix + "indexer.k_norm.weight"].fill_(math.sqrt(16 / 128))  # 16 dims of a key: +-1
+    tensors[prefix + "indexer.k_norm.bias"][bias] = stripes
+    wq_b = tensors[prefix + "indexer.wq_b.weight"].zero_().view(-1, 128, len(read_q.T))
+    weights = tensors[prefix + "indexer.weights_proj.weight"].zero_()
+    # Even heads: 8 x (1 for the asked code or 0.75 for a filler, - 1.25 + 1). Odd heads: nothing that relu lets through.
+    wq_b[::2, code] = codes @ read_q[:8]
+    for dims, score in ((filler, 0.75), (const, -1.25), (bias, 1.0)):
+        wq_b[::2, dims] = score * torch.outer(stripes, read_q[8])
+    wq_b[1::2, filler] = -torch.outer(stripes, read_q[8])
+    weights[::2, CONST], weights[1::2, CONST] = 1 / AMPLITUDE, -1 / AMPLITUDE
+
+
+# ---- files
+
+
+def write_random(path: str | Path, *, seed: int = 0, dtype: str = "float32", **config_overrides: Any) -> Config:
+    """Write a random checkpoint and return its config. `rope_scaling=None` leaves YaRN out."""
+    config = make_config(dtype, **config_overrides)
+    _write(Path(path), config, random_tensors(config, seed), config["max_position_embeddings"])
+    return config
+
+
+def write_planted(
+    path: str | Path, *, seed: int = 0, dtype: str = "float32", check: bool = True, **config_overrides: Any
+) -> float:
+    """Write the planted checkpoint and return the margin that `check_planted` measures (NaN if not `check`)."""
+    for key, value in config_overrides.items():
+        if key not in PLANTED_KEYS:
+            raise ValueError(f"{key}: {value!r} is fixed in a planted checkpoint; free: {', '.join(PLANTED_KEYS)}")
+    config = make_config(dtype, num_hidden_layers=2, **config_overrides)
+    for key, least in (("hidden_size", 96), ("v_head_dim", len(VALUES)), ("index_n_heads", 2)):
+        if config[key] < least:
+            raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: at least {least}")
+    _write(Path(path), config, planted_tensors(config, seed), PLANTED_LENGTH)
+    return check_planted(path) if check else math.nan
+
+
+def _write(path: Path, config: Config, tensors: Tensors, max_length: int, shards: int = 2) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    total, shard_of, shard_tensors = 0, {}, [Tensors() for _ in range(shards)]
+    size = sum(tensor.numel() for tensor in tensors.values())
+    seen = 0
+    for name, tensor in tensors.items():
+        dtype = torch.float32 if name.endswith("e_score_correction_bias") else DTYPES[config["torch_dtype"]]
+        number = min(seen * shards // size, shards - 1)
+        shard_tensors[number][name] = tensor.to(dtype).contiguous()
+        shard_of[name] = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        seen, total = seen + tensor.numel(), total + shard_tensors[number][name].nbytes
+    for part in shard_tensors:
+        save_file(part, path / shard_of[next(iter(part))], metadata={"format": "pt"})
+    build_tokenizer().save(str(path / "tokenizer.json"))
+    tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": True, "add_eos_token": False}
+    loading = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {
+        "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": shard_of},
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": 0, "do_sample": False, "eos_token_id": 1},
+        "tokenizer_config.json": tokens | loading | {"model_max_length": max_length},
+    }
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- proof
+
+
+def load_model(path: str | Path, dtype: str = "float32") -> Any:
+    """transformers' DeepseekV32ForCausalLM with eager attention: an implementation that is not this project's."""
+    from transformers import DeepseekV32ForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports the MTP layer's tensors, which it does not use
+    model = DeepseekV32ForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="eager")
+    logging.set_verbosity(verbosity)
+    return model.eval()
+
+
+@torch.no_grad()
+def ask(model: Any, text: str, *, chat: bool = False, max_tokens: int = 16, chunk: int = 512) -> tuple[str, float]:
+    """Greedy answer to a completion prompt or a chat message, and its smallest margin, that of EOS included."""
+    from transformers import DynamicCache
+
+    tokenizer, cache, generated, margin = build_tokenizer(), DynamicCache(config=model.config), [], math.inf
+    ids = tokenizer.encode(chat_text(text) if chat else text, add_special_tokens=not chat).ids
+    while len(generated) < max_tokens:
+        for part in torch.tensor([ids]).split(chunk, dim=1):
+            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        best = logits.topk(2)
+        margin = min(margin, (best.values[0] - best.values[1]).item())
+        ids = [int(best.indices[0])]
+        if ids == [model.config.eos_token_id]:
+            break
+        generated += ids
+    return tokenizer.decode(generated).strip(), margin
+
+
+def check_planted(path: str | Path, lengths: Iterable[int] = (300, 1000)) -> float:
+    """Ask transformers in float32; return the smallest margin. Raises if an answer is wrong or a margin small."""
+    model, smallest = load_model(path), math.inf
+    copies = model.config.index_topk
+    for length in lengths:
+        codes = max(1, min(len(CODES), length // copies - 1))
+        for chat, hops in ((True, 1), (False, min(3, codes))):
+            tokens = max(length, (codes + 1) * copies)
+            prompt = build_prompt(tokens, length, chat=chat, hops=hops, copies=copies, codes=codes)
+            answer, margin = ask(model, prompt.text, chat=chat)
+            smallest = min(smallest, margin)
+            if answer != prompt.answer or margin < MIN_MARGIN:
+                raise ValueError(
+                    f"{path}: answer {answer!r} with a margin of {margin:.2f} nats to a prompt of {tokens} tokens; "
+                    f"allowed: {prompt.answer!r} with at least {MIN_MARGIN}"
+                )
+    return smallest
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"--set: {text!r}; allowed: KEY=JSON, as in index_topk=48")
+    return key, json.loads(value)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a tiny checkpoint in the published DeepSeek-V3.2 format.")
+    parser.add_argument("kind", choices=("planted", "random"))
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=JSON", help="a config value")
+    args = parser.parse_args(argv)
+    write = write_planted if args.kind == "planted" else write_random
+    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, **dict(args.set))
+    for file in sorted(args.out_dir.iterdir()):
+        print(f"{file.stat().st_size:>12,}  {file}")
+    if args.kind == "planted":
+        print(f"planted answers are right in transformers float32; smallest margin {result:.1f} nats")
+
+
+if __name__ == "__main__":
+    main()

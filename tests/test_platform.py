@@ -1,0 +1,113 @@
+"""The config hook: refusals at engine-config time, by key and value, and the CPU's paged features kept."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tiny_checkpoint import write_random
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_dsa import platform
+from vllm_dsa.compat import MODELS_CONFIG_MAP
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("v32")
+    write_random(path, num_hidden_layers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_latent(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small")
+    write_random(path, num_hidden_layers=1, kv_lora_rank=128, qk_rope_head_dim=32)
+    return path
+
+
+def engine_config(path, **options):
+    defaults = dict(skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
+    return EngineArgs(model=str(path), **(defaults | options)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope_interleaved", False),
+        ("rope_interleave", False),
+        ("dsa_pattern", "FFS"),
+        ("indexer_rope_interleave", True),
+        ("index_topk", 0),
+        ("index_topk", -1),
+        ("index_topk", "2048"),
+    ],
+)
+def test_config_keys_are_refused(folder, key, value):
+    with pytest.raises(ValueError, match=rf"{key}: {value!r} is "):
+        engine_config(folder, hf_overrides={key: value})
+
+
+def test_dynamic_rope_is_refused(folder):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="rope type: 'dynamic' is refused.*Restore"):
+        engine_config(folder, hf_overrides={"rope_parameters": rope})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "fp8_e5m2", "fp8_inc", "nvfp4", "nvfp4_ds_mla", "fp8_per_token_head", "int8_per_token_head"]
+    + ["turboquant_k8v4", "turboquant_4bit_nc"],
+)
+def test_cache_dtypes_are_refused(folder, dtype):
+    with pytest.raises(ValueError, match=rf"--kv-cache-dtype {dtype} is refused.*auto, bfloat16, fp8"):
+        engine_config(folder, kv_cache_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_ds_mla"])
+def test_fp8_means_fp8_ds_mla(folder, dtype):
+    assert engine_config(folder, kv_cache_dtype=dtype).cache_config.cache_dtype == "fp8_ds_mla"
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_ds_mla"])
+def test_fp8_of_another_latent_size_is_refused(small_latent, dtype):
+    with pytest.raises(ValueError, match=rf"{dtype} is refused: .*512 .*this model has 128 and 32.*auto"):
+        engine_config(small_latent, kv_cache_dtype=dtype)
+
+
+def test_bfloat16_cache_needs_a_bfloat16_model(folder):
+    assert engine_config(folder, dtype="bfloat16", kv_cache_dtype="bfloat16").cache_config.cache_dtype == "auto"
+    with pytest.raises(ValueError, match="bfloat16 is refused with --dtype float32"):
+        engine_config(folder, kv_cache_dtype="bfloat16")
+
+
+def test_float16_model_is_refused(folder):
+    with pytest.raises(ValueError, match="--dtype float16 is refused"):
+        engine_config(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("block_size", [24, 8, 100])
+def test_odd_block_sizes_are_refused(folder, block_size):
+    with pytest.raises(ValueError, match=f"--block-size {block_size} is refused.*multiple of 16"):
+        engine_config(folder, block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64, 128])
+def test_cpu_keeps_block_size_chunks_and_prefix_cache(folder, block_size):
+    config = engine_config(folder, block_size=block_size, max_num_batched_tokens=64)
+    assert config.cache_config.block_size == block_size
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_batched_tokens == 64
+    assert config.cache_config.enable_prefix_caching
+
+
+def test_hook_is_chained_once():
+    """Installing again changes nothing, and what vLLM did in its own hook still happens."""
+    before = dict(MODELS_CONFIG_MAP)
+    platform.install()
+    assert before == MODELS_CONFIG_MAP
+    for architecture in platform.ARCHITECTURES:
+        hook = MODELS_CONFIG_MAP[architecture]
+        assert hook.vllm_dsa_hook and not getattr(hook.__mro__[1], "vllm_dsa_hook", False)

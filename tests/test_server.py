@@ -1,0 +1,94 @@
+"""The launcher behind every test and demo that starts a server: it waits, it explains, it leaves nothing behind."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vllm_dsa.testing.server import ServerError, free_port, group_members, healthy, port_is_open, running, serve
+
+# A server with a child that, like a hung engine, ignores the polite signal.
+STUB = """
+import http.server, signal, subprocess, sys
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child', flush=True); time.sleep(99)"
+subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE).stdout.readline()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+print("\\x1b[32mstub is up\\x1b[0m", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def stub(port: int) -> list[str]:
+    return [sys.executable, "-c", STUB, str(port)]
+
+
+def test_waits_until_healthy_and_leaves_nothing_behind():
+    port, waits = free_port(), []
+    with running(stub(port), port, timeout=30, on_wait=waits.append) as server:
+        assert healthy(server.base_url)
+        assert "stub is up\n" in server.log()
+        assert len(group_members(server.pid)) == 2
+    assert waits
+    assert group_members(server.pid) == []
+    assert not port_is_open(port)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_leaves_nothing_behind_when_the_block_fails(error):
+    port = free_port()
+    with pytest.raises(error), running(stub(port), port, timeout=30) as server:
+        raise error
+    assert group_members(server.pid) == []
+    assert not port_is_open(port)
+
+
+def test_early_death_is_reported_with_the_log():
+    command = [sys.executable, "-c", "print('no such model: x'); raise SystemExit(3)"]
+    with pytest.raises(ServerError, match=r"(?s)ended with status 3 .*no such model: x"), running(command, free_port()):
+        pytest.fail("entered")
+
+
+def test_timeout_is_reported_and_the_process_ended():
+    command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(99)"]
+    with pytest.raises(ServerError, match="did not answer /health within 1 s") as caught:
+        with running(command, free_port(), timeout=1):
+            pytest.fail("entered")
+    assert group_members(int(str(caught.value).splitlines()[-1])) == []
+
+
+def test_environment_reaches_the_server(tmp_path):
+    command = [sys.executable, "-c", "import os; print(os.environ['VLLM_DSA_DISABLE'])"]
+    with pytest.raises(ServerError, match="status 0"):
+        with running(command, free_port(), env={"VLLM_DSA_DISABLE": "1"}, log_path=tmp_path / "log"):
+            pytest.fail("entered")
+    assert (tmp_path / "log").read_text() == "1\n"
+
+
+def test_a_killed_demo_ends_its_server(tmp_path):
+    """SIGTERM to the parent, as `timeout` and CI send it, must not orphan the server: the caller turns it into an exit."""
+    port = free_port()
+    parent = f"""
+import signal, sys, time
+from vllm_dsa.testing.server import exit_on_sigterm, running
+exit_on_sigterm()
+with running({stub(port)!r}, {port}, timeout=30) as server:
+    print(server.pid, flush=True)
+    time.sleep(99)
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    group = int(process.stdout.readline())
+    assert group_members(group)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    process.stdout.close()
+    assert group_members(group) == []
+
+
+@pytest.mark.serve
+def test_vllm_serve_without_a_model_explains_itself(tmp_path):
+    with pytest.raises(ServerError, match="(?s)vllm serve .*config.json"), serve(tmp_path, timeout=120):
+        pytest.fail("entered")

@@ -1,0 +1,57 @@
+"""Every VLLM_DSA_* variable: its name, default and meaning. Read when accessed, as ``envs.VLLM_DSA_DISABLE``.
+
+VLLM_DSA_DISABLE          0    1: leave vLLM as it is, as if this package were not installed
+VLLM_DSA_REQUIRED         0    1: an error at start where the package would otherwise decline with a warning
+VLLM_DSA_PROVIDER              vendor, triton, cpu or reference: the one provider of all kernels; unset: the first that can
+VLLM_DSA_SCORE_BUDGET_MB  256  MiB that the temporaries of one select may take; no result depends on it
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+PROVIDERS = ("vendor", "triton", "cpu", "reference")
+
+
+def _flag(name: str) -> Callable[[], bool]:
+    def read() -> bool:
+        value = os.environ.get(name, "").strip().lower()
+        if value not in ("", "0", "false", "1", "true"):
+            raise ValueError(f"{name}={value!r} is neither 0 (false) nor 1 (true). Set one of them, or unset it.")
+        return value in ("1", "true")
+
+    return read
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[], str | None]:
+    def read() -> str | None:
+        value = os.environ.get(name, "").strip()
+        if value and value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}. Set one of them, or unset it.")
+        return value or None
+
+    return read
+
+
+def _positive(name: str, default: int) -> Callable[[], int]:
+    def read() -> int:
+        value = os.environ.get(name, "").strip() or str(default)
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{name}={value!r} is not an integer of at least 1. Set one, or unset it for {default}.")
+        return int(value)
+
+    return read
+
+
+TABLE: dict[str, Callable[[], Any]] = {
+    "VLLM_DSA_DISABLE": _flag("VLLM_DSA_DISABLE"),
+    "VLLM_DSA_REQUIRED": _flag("VLLM_DSA_REQUIRED"),
+    "VLLM_DSA_PROVIDER": _choice("VLLM_DSA_PROVIDER", PROVIDERS),
+    "VLLM_DSA_SCORE_BUDGET_MB": _positive("VLLM_DSA_SCORE_BUDGET_MB", 256),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its variables are {', '.join(TABLE)}")
+    return TABLE[name]()

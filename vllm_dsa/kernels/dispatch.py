@@ -1,0 +1,116 @@
+"""Which provider serves each operation here, and why every other one was refused.
+
+``choose`` runs once, when a layer is built, never per step. Nothing falls back silently: the choice and the refusals
+are in ``Kernels.summary``, and where no provider can serve, that is an error. A new provider is one entry of PROVIDERS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from vllm_dsa import envs
+from vllm_dsa.kernels import OPS
+
+FUNCTIONS = {"write": ("write_keys", "write_queries"), "select": ("select",), "attend": ("attend",)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer needs of its kernels."""
+
+    device_type: str  # "cpu", "cuda"
+    capability: tuple[int, int] | None  # CUDA compute capability
+    dtype: torch.dtype  # of the model
+    latent_kind: str  # "auto", "fp8_ds_mla"
+    kv_lora_rank: int
+    rope_dim: int
+    num_heads: int  # of this rank
+    index_heads: int
+    index_dim: int
+    top_k: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Where the functions of each operation live, and the reasons not to use them (none: it can serve)."""
+
+    name: str
+    modules: dict[str, str]
+    refusals: Callable[[Request], list[str]]
+    only_forced: bool = False
+
+
+def _cpu_refusals(request: Request) -> list[str]:
+    return [] if request.device_type == "cpu" else [f"it runs on the CPU, the layer is on {request.device_type}"]
+
+
+def _everywhere(module: str) -> dict[str, str]:
+    return dict.fromkeys(OPS, module)
+
+
+PROVIDERS = (
+    Provider("cpu", _everywhere("vllm_dsa.kernels.cpu"), _cpu_refusals),
+    Provider("reference", _everywhere("vllm_dsa.kernels.reference"), lambda request: [], only_forced=True),
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen functions; their contracts are in ``vllm_dsa.kernels``."""
+
+    write_keys: Callable
+    write_queries: Callable
+    select: Callable
+    attend: Callable
+    providers: dict[str, str]  # operation -> provider
+    summary: str
+
+
+def refusals(provider: Provider, op: str, request: Request, forced: str | None) -> list[str]:
+    """Why ``provider`` does not serve ``op`` here; empty: it can."""
+    if forced and forced != provider.name:
+        return [f"VLLM_DSA_PROVIDER={forced} is set"]
+    if provider.only_forced and not forced:
+        return [f"it serves only under VLLM_DSA_PROVIDER={provider.name}"]
+    if op not in provider.modules:
+        return [f"it has no {op}"]
+    return provider.refusals(request)
+
+
+def choose(request: Request) -> Kernels:
+    """The functions that serve ``request``: of each operation, those of the first provider without a refusal."""
+    forced = envs.VLLM_DSA_PROVIDER
+    names = [provider.name for provider in PROVIDERS]
+    if forced and forced not in names:
+        raise RuntimeError(
+            f"VLLM_DSA_PROVIDER={forced}: this version has no such provider, it has {', '.join(names)}. "
+            f"Set one of these, or unset the variable."
+        )
+    chosen: dict[str, Provider] = {}
+    refused: dict[str, list[str]] = {}  # "provider: reason" -> operations
+    for op in OPS:
+        for provider in PROVIDERS:
+            reasons = refusals(provider, op, request, forced)
+            if not reasons:
+                chosen.setdefault(op, provider)
+            for reason in reasons:
+                refused.setdefault(f"{provider.name}: {reason}", []).append(op)
+    against = "; ".join(
+        line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items()
+    )
+    if len(chosen) < len(OPS):
+        missing = ", ".join(op for op in OPS if op not in chosen)
+        step = "Unset VLLM_DSA_PROVIDER" if forced else "Set VLLM_DSA_PROVIDER=reference, which is slow"
+        raise RuntimeError(
+            f"No provider serves {missing} for {request}. Refused: {against}. "
+            f"{step}, or run on a device that a provider serves."
+        )
+    functions = {
+        function: getattr(import_module(chosen[op].modules[op]), function) for op in OPS for function in FUNCTIONS[op]
+    }
+    providers = {op: chosen[op].name for op in OPS}
+    served = ", ".join(f"{op}: {name}" for op, name in providers.items())
+    return Kernels(**functions, providers=providers, summary=f"{served} (refused: {against or 'none'})")

@@ -1,0 +1,181 @@
+"""Start a server, wait until it answers, and leave no process behind: ``vllm serve`` for tests and the demo."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST = "127.0.0.1"
+# Nothing is fetched and nothing reported; CPU servers need the size of their cache (GiB), GPU servers ignore it.
+SERVE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+GRACE_S = 20
+# A machine's proxy settings are not for its own loopback address.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class ServerError(RuntimeError):
+    """The server died or did not answer in time; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: where it answers, and where it writes."""
+
+    base_url: str
+    port: int
+    pid: int
+    log_path: Path
+
+    def log(self) -> str:
+        """Everything it has printed so far, both streams, without colours."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log_path.read_text(errors="replace"))
+
+
+@contextmanager
+def serve(
+    model: str | Path,
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    log_path: Path | None = None,
+    on_wait: Callable[[float], None] | None = None,
+) -> Iterator[Server]:
+    """``vllm serve model args...`` on a free port of the loopback address, with the package's own Python."""
+    port = free_port()
+    command = [*vllm_command(), "serve", str(model), "--host", HOST, "--port", str(port), *args]
+    with running(command, port, {**SERVE_ENV, **(env or {})}, timeout, log_path, on_wait) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    port: int,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    log_path: Path | None = None,
+    on_wait: Callable[[float], None] | None = None,
+) -> Iterator[Server]:
+    """Run ``command`` until the block ends, entering it once GET /health on ``port`` is answered with 200.
+
+    ``env`` comes on top of this process's. ``on_wait`` is called with the seconds waited, about once a second. Raises
+    ServerError if the command ends or ``timeout`` seconds pass first. Whatever happens, every process of its group is
+    gone afterwards.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log_path = log_path or Path(folder) / "server.log"
+        with open(log_path, "wb") as log:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        server = Server(f"http://{HOST}:{port}", port, process.pid, log_path)
+        try:
+            _wait_until_healthy(server, process, timeout, on_wait)
+            yield server
+        finally:
+            stop(process)
+
+
+def _wait_until_healthy(
+    server: Server, process: subprocess.Popen, timeout: float, on_wait: Callable[[float], None] | None
+) -> None:
+    start = time.monotonic()
+    while not healthy(server.base_url):
+        waited = time.monotonic() - start
+        if process.poll() is not None:
+            raise ServerError(_explain(server, process, f"ended with status {process.returncode} after {waited:.0f} s"))
+        if waited > timeout:
+            raise ServerError(_explain(server, process, f"did not answer /health within {timeout:.0f} s"))
+        if on_wait:
+            on_wait(waited)
+        time.sleep(1)
+
+
+def _explain(server: Server, process: subprocess.Popen, what: str) -> str:
+    tail = "\n".join(server.log().splitlines()[-40:])
+    return f"server {what}: {' '.join(map(str, process.args))}\n{tail}"
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process that leads its own group, and the whole group: politely, then by force."""
+    try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    finally:  # also where a second Ctrl-C ends the wait
+        _kill_group(process)
+
+
+def _kill_group(leader: subprocess.Popen) -> None:
+    deadline = time.monotonic() + GRACE_S
+    while members := group_members(leader.pid):
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        leader.poll()
+        if time.monotonic() > deadline:
+            raise ServerError(f"processes {members} of group {leader.pid} survive SIGKILL; end them by hand")
+        time.sleep(0.05)
+    leader.wait()
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM unwind this program like Ctrl-C does, so that the servers it runs are stopped."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes (no zombies) of a process group, from /proc."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            continue
+        if int(its_group) == group and state != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def healthy(base_url: str) -> bool:
+    """Does GET /health answer 200?"""
+    try:
+        with _DIRECT.open(f"{base_url}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def port_is_open(port: int) -> bool:
+    """Does anybody listen on this port of the loopback address?"""
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def vllm_command() -> list[str]:
+    """The ``vllm`` command of this Python's environment."""
+    script = Path(sys.executable).with_name("vllm")
+    return [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
