@@ -8,21 +8,22 @@ only if the sparse attention finds exactly those. The server uses a free port an
 """
 
 import argparse
+import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import openai
-from tiny_checkpoint import Prompt, build_prompt, write_planted
+from tiny_checkpoint import build_prompt
 
 from vllm_dsa.testing.server import Server, ServerError, exit_on_sigterm, port_is_open, serve
 
 FOLDER = Path(__file__).parents[1] / ".demo"
 CHECKPOINT = FOLDER / "planted"
 MODEL = "planted-deepseek-v3.2"
-INDEX_TOPK = 16
 MAX_LENGTH = 8192
 SERVE_ARGS = (
     f"--served-model-name={MODEL}",
@@ -43,10 +44,15 @@ def main() -> int:
     exit_on_sigterm()
     write_checkpoint()
     try:
-        return stock() if args.stock else ask(build_prompt(args.tokens, args.seed, chat=True, copies=INDEX_TOPK), args.tokens)
+        if args.stock:
+            return stock()
+        return ask(args.tokens, args.seed)
     except KeyboardInterrupt:
         show("stopped", "the server is gone")
         return 130
+    except ServerError as error:
+        show("FAILED", str(error))
+        return 1
 
 
 def show(label: str, text: str) -> None:
@@ -54,13 +60,15 @@ def show(label: str, text: str) -> None:
 
 
 def write_checkpoint() -> None:
-    """Write the planted checkpoint, unless the generator has not changed since the last time."""
-    generator, written = Path(__file__).with_name("tiny_checkpoint.py"), CHECKPOINT / ".complete"
+    """Write the planted checkpoint, unless it stands there since the generator last changed."""
+    generator, written = Path(__file__).with_name("tiny_checkpoint.py"), CHECKPOINT / "written.txt"
     if not written.exists() or written.stat().st_mtime < generator.stat().st_mtime:
         show("checkpoint", "writing it, and checking its answers with transformers ...")
-        margin = write_planted(CHECKPOINT, index_topk=INDEX_TOPK)
-        written.write_text(f"{margin}\n")
-    show("checkpoint", f"{CHECKPOINT.relative_to(Path.cwd(), walk_up=True) if sys.version_info >= (3, 12) else CHECKPOINT}")
+        command = [sys.executable, str(generator), "planted", str(CHECKPOINT)]
+        env = {**os.environ, "TQDM_DISABLE": "1"}
+        result = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+        written.write_text(result.stdout.splitlines()[-1])
+    show("checkpoint", f"{os.path.relpath(CHECKPOINT)}: {written.read_text()}")
 
 
 def wait(seconds: float) -> None:
@@ -68,20 +76,28 @@ def wait(seconds: float) -> None:
         show("", f"... {seconds:.0f} s")
 
 
-def ask(prompt: Prompt, tokens: int) -> int:
+def ask(tokens: int, seed: int) -> int:
     """Serve, ask, compare. Returns the exit status."""
+    index_topk = json.loads((CHECKPOINT / "config.json").read_text())["index_topk"]
+    prompt = build_prompt(tokens, seed, chat=True, copies=index_topk)
     facts, _, question = prompt.text.rpartition(" What ")
-    show("server", f"vllm serve {CHECKPOINT.name} {' '.join(SERVE_ARGS)}")
+    show("server", f"vllm serve {os.path.relpath(CHECKPOINT)} {' '.join(SERVE_ARGS)}")
     start = time.monotonic()
     with serve(CHECKPOINT, *SERVE_ARGS, log_path=FOLDER / "server.log", on_wait=wait) as server:
         show("", f"ready after {time.monotonic() - start:.0f} s at {server.base_url}")
         show("providers", provider_line(server))
-        show("prompt", f"{tokens:,} tokens, {tokens // INDEX_TOPK} times index_topk: {facts[:230]} ...")
+        show(
+            "prompt", f"{tokens:,} tokens, {tokens / index_topk:.0f} times index_topk ({index_topk}): {facts[:230]} ..."
+        )
         show("question", f"What {question}")
-        answer = stream_answer(server, prompt.text)
+        try:
+            answer = stream_answer(server, prompt.text)
+        except openai.APIError as error:
+            failure = f"the server failed to answer ({error}); its log: {server.log_path}"
+            raise ServerError(failure, *server.errors()[:1]) from error
     show("expected", prompt.answer)
     right = answer == prompt.answer
-    show("RIGHT" if right else "WRONG", "" if right else f"the server's log is {FOLDER / 'server.log'}")
+    show("RIGHT" if right else "WRONG", "" if right else f"the server's log: {server.log_path}")
     if port_is_open(server.port):
         raise ServerError(f"port {server.port} is still open after the server was stopped")
     return 0 if right else 1
@@ -115,19 +131,16 @@ def provider_line(server: Server) -> str:
 
 def stock() -> int:
     """Serve with the plugin switched off. Returns 0 if stock vLLM refuses, as it does on a CPU."""
-    show("server", "VLLM_DSA_DISABLE=1 vllm serve ...")
+    show("server", f"VLLM_DSA_DISABLE=1 vllm serve {os.path.relpath(CHECKPOINT)} {' '.join(SERVE_ARGS)}")
     env = {"VLLM_DSA_DISABLE": "1"}
     try:
-        with serve(CHECKPOINT, *SERVE_ARGS, env=env, log_path=FOLDER / "stock.log", on_wait=wait) as server:
-            show("stock vLLM", f"serves this model here, at {server.base_url}")
+        with serve(CHECKPOINT, *SERVE_ARGS, env=env, log_path=FOLDER / "stock.log", on_wait=wait):
+            show("stock vLLM", "serves this model on this machine")
             return 1
-    except ServerError:
-        log = (FOLDER / "stock.log").read_text(errors="replace")
-        reasons = re.findall(r"\b(\w*(?:Error|Exception): .*)", log)
-        show("stock vLLM", reasons[0] if reasons else f"did not start, see {FOLDER / 'stock.log'}")
-        return 0 if reasons else 1
+    except ServerError as error:
+        show("stock vLLM", error.cause or str(error))
+        return 0 if error.cause else 1
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main())

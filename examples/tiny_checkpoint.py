@@ -1,35 +1,35 @@
 """Write tiny checkpoints in the published DeepSeek-V3.2 format: `planted` (right answers known) or `random`.
 
     python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16]
-    python examples/tiny_checkpoint.py random OUT_DIR [--seed 7] [--set num_attention_heads=6]
+    python examples/tiny_checkpoint.py random OUT_DIR [--seed 7] [--config '{"num_attention_heads": 6}']
 
-The planted model has weights set by formula, not trained. Its prompt is a long text of filler words, in which facts
-are planted as single tokens such as `red=lion`, each fact index_topk (16) times, and then a question that names a
-code: `What is red?`. The greedy answer is `lion`, then end-of-sentence. A value may be a code again (`red=blue`);
-then the answer goes on (`blue lion`) and each word is a new retrieval. A code that nobody planted is `unknown`.
-Every feature has its own dims of the residual stream, with amplitude 4:
+The planted model has weights set by formula, not trained. Its prompt is a long text of filler words, in which
+facts are planted as single tokens such as `red=lion`, each fact index_topk (16) times, and then a question
+that names a code: `What is red?`. The greedy answer is `lion`, then end-of-sentence. A value may be a code
+again (`red=blue`): then the answer goes on (`blue lion`), a new retrieval for each word. A code that nobody
+planted is `unknown`. Every feature has its own dims of the residual stream, with amplitude 4:
 
-    fact `red=lion`    CODE red, VALUE lion
-    other token        FILLER, VALUE unknown; the word `red` also ASK red, the word `lion` also ENDS (EOS is next)
-    any token          CONST; SPACE: +1 special tokens, -1 others (answer `lion` or ` lion`); random identity
+    fact `red=lion`   CODE red, VALUE lion
+    other token       FILLER, VALUE unknown; `red` also ASK red, `lion` also ENDS (EOS is next)
+    any token         CONST; SPACE: +1 special tokens, -1 others (answer `lion` or ` lion`); random identity
 
 Layer 0 fetches, layer 1 (and the MTP layer) retrieves. MLPs, experts and routers are small random noise.
 
-    layer 0  select    keys of code words are 1 in all 32 frequencies: near ones score high, other tokens 0
-             attend    140 nats for code words, up to 100 for nearness. ASK of the nearest code word -> FETCHED:
-                       the last token, whatever it is, knows what was asked last
-    layer 1  select    query = pattern of FETCHED, key = pattern of CODE. Asked facts score 6, fillers 4, other
-                       facts 0: the top 16 are the 16 planted copies
-             attend    flat, but 1 nat for fillers. Mean VALUE of what was selected -> ANSWER
-    head               ANSWER lion -> `lion`, ENDS -> EOS. Each wrongly selected row costs margin
+    layer 0  select   keys of code words are 1 in all 32 frequencies: near ones score high, other tokens 0
+             attend   140 nats for code words, up to 100 for nearness: ASK of the nearest one -> FETCHED, so
+                      that the last token, whatever it is, knows what was asked last
+    layer 1  select   query = pattern of FETCHED, key = pattern of CODE: asked facts score 6, fillers 4, other
+                      facts 0, so the top 16 are the 16 planted copies
+             attend   flat, but 1 nat for fillers: mean VALUE of the selected rows -> ANSWER
+    head              ANSWER lion -> `lion`, ENDS -> EOS; each wrongly selected row costs margin
 
-What breaks it: dense attention and sliding windows average fillers (`unknown`). The code patterns lie in index dims
-24-31. The right RoPE layout (half-split) turns these by the slow frequencies 24-31, which YaRN divides by 40, the
-interleaved one by the fast 12-15: asked facts fall below fillers. Only k_norm's bias lifts scores above 0. Odd
-index heads have negative weights and queries that relu silences. Index queries and keys are exact in e4m3.
+What breaks it: dense attention and sliding windows average fillers (`unknown`). The code patterns lie in
+index dims 24-31: the right RoPE layout (half-split) turns these by the slow frequencies 24-31, which YaRN
+divides by 40, the interleaved one by the fast 12-15, where asked facts fall below fillers. Only k_norm's bias
+lifts scores above 0. Odd index heads have negative weights and queries that relu silences. e4m3 is exact.
 
-Prompts: a plain completion ends with the question (last token `red`, `?` or any other), so does a chat message.
-With ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` counts as a word of its own, not in `hatred`.
+A completion prompt ends with the question (last token `red`, `?` or any other), a chat message likewise. With
+ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` is a word of its own, no part of `hatred`.
 """
 
 import argparse
@@ -54,12 +54,14 @@ ANIMALS = ("lion", "tiger", "wolf", "bear", "eagle", "otter", "whale", "horse")
 UNKNOWN = "unknown"
 VALUES = (*ANIMALS, *CODES, UNKNOWN)
 FACTS = tuple(f"{code}={value}" for code in CODES for value in VALUES[:-1])
-_TEXT = """the a and of to in on at by for with from into over under near past old new long short wide deep high
-    warm cold slow quick quiet small great river hill road field stone tree house door window garden bridge water
-    wind rain snow night morning summer winter bread salt song story ship market village went came saw found"""
+_TEXT = """the a and of to in on at by for with from into over under near past old new long short wide deep
+    high warm cold slow quick quiet small great river hill road field stone tree house door window garden rain
+    water wind snow night morning summer winter bread salt song story ship market village went came saw"""
 FILLERS = tuple(_TEXT.split())
 
 MIN_MARGIN = 3.0  # nats between the two best log-probabilities
+YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN |= {"original_max_position_embeddings": 4096, "type": "yarn"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Config = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -69,18 +71,15 @@ CODE, ASK, FETCHED = slice(0, 8), slice(8, 16), slice(16, 24)
 VALUE, ANSWER = slice(24, 41), slice(41, 58)
 CONST, FILLER, ENDS, SPACE, IDENTITY = 58, 59, 60, 61, 62
 AMPLITUDE = 4.0
-PLANTED_LENGTH = 16384
 PLANTED = {"num_hidden_layers": 2, "index_head_dim": 128, "qk_rope_head_dim": 64, "rope_theta": 10000}
-
-
-# ---- tokenizer and prompts
+PLANTED["rope_scaling"] = YARN
 
 
 @functools.cache
 def build_tokenizer() -> Tokenizer:
-    """Byte-level BPE: known words are one token each, with or without a space before them; all else is bytes.
+    """Byte-level BPE: known words are one token, with or without a space before; all else is bytes.
 
-    It has no merges: `ignore_merges` takes a known word whole. Plain prompts get BOS, as with the published one.
+    It has no merges: `ignore_merges` takes a known word whole. Plain prompts get BOS, as published.
     """
     words = [*FACTS, *VALUES, *FILLERS, "What", "is"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -92,8 +91,9 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    # As published, only these three are "special": parsers must see the others in decoded text.
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in (BOS, EOS, PAD)) for t in SPECIAL_TOKENS])
+    # As published, only the first three are "special": parsers must see the others in decoded text.
+    for i, token in enumerate(SPECIAL_TOKENS):
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=i < 3)])
     return tokenizer
 
 
@@ -126,13 +126,11 @@ def build_prompt(
     placement: str = "scattered",
     question: str = " What is {code}?",
 ) -> Prompt:
-    """Filler words with `codes` facts planted `copies` times each, then the question.
+    """Filler words, `codes` facts planted `copies` (the checkpoint's index_topk) times each, the question.
 
     total_tokens: the whole prompt, BOS included; with `chat`, all of `chat_text(text)`.
-    asked: code in the question, drawn by seed if None. What stands before the question does not depend on it (if
-        scattered), so prompts of one seed share their prefix.
+    asked: code in the question, None = any. The text before it stays the same (if scattered).
     hops: longest chain of facts. With 3, `red=blue`, `blue=pink`, `pink=lion`: up to 3 words of answer.
-    copies: the checkpoint's index_topk.
     placement: where the asked fact stands: "scattered", or packed at the "first" or "last" positions.
     """
     rng = random.Random(seed)
@@ -150,28 +148,22 @@ def build_prompt(
     answer = [facts[asked]]
     while answer[-1] in facts:
         answer.append(facts[answer[-1]])
-
     question = question.format(code=asked)
     around = len(build_tokenizer().encode(question, add_special_tokens=False)) + (4 if chat else 1)
     length = total_tokens - around
     if length < codes * copies:
-        raise ValueError(
-            f"total_tokens: {total_tokens}; allowed: at least {codes * copies + around}, for {codes} facts x "
-            f"{copies} copies and the {around} tokens of question and chat encoding"
-        )
+        needed = f"{codes * copies + around} ({codes} facts x {copies} copies + {around})"
+        raise ValueError(f"total_tokens: {total_tokens}; allowed: at least {needed}")
     words = rng.choices(FILLERS, k=length)
     copied = [code for code in planted for _ in range(copies)]
     places = rng.sample(range(length), len(copied))
     if placement != "scattered":
         packed = range(copies) if placement == "first" else range(length - copies, length)
         copied.sort(key=lambda code: code != asked)
-        places = [*packed, *rng.sample([i for i in range(length) if i not in packed], len(copied) - copies)]
+        places = [*packed, *rng.sample(sorted({*range(length)} - {*packed}), len(copied) - copies)]
     for place, code in zip(places, copied, strict=True):
         words[place] = f"{code}={facts[code]}"
     return Prompt(" ".join(words) + question, " ".join(answer))
-
-
-# ---- config and tensor names
 
 
 def make_config(dtype: str = "float32", **overrides: Any) -> Config:
@@ -179,44 +171,42 @@ def make_config(dtype: str = "float32", **overrides: Any) -> Config:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; allowed: {', '.join(DTYPES)}")
     tokens = build_tokenizer().get_vocab_size()
-    yarn = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
-    yarn |= {"original_max_position_embeddings": 4096, "type": "yarn"}
     config: Config = {
         "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
-        "hidden_size": 128, "index_head_dim": 128, "index_n_heads": 4, "index_topk": 16, "initializer_range": 0.02,
-        "intermediate_size": 128, "kv_lora_rank": 512, "max_position_embeddings": 163840,
-        "model_type": "deepseek_v32", "moe_intermediate_size": 64, "moe_layer_freq": 1, "n_group": 2,
-        "n_routed_experts": 8, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 4,
-        "num_experts_per_tok": 2, "num_hidden_layers": 3, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
-        "q_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
-        "rope_scaling": yarn, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
-        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": dtype,
-        "use_cache": True, "v_head_dim": 128, "vocab_size": 64 * math.ceil(tokens / 64),
+        "hidden_size": 128, "index_head_dim": 128, "index_n_heads": 4, "index_topk": 16,
+        "initializer_range": 0.02, "intermediate_size": 128, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v32", "moe_intermediate_size": 64,
+        "moe_layer_freq": 1, "n_group": 2, "n_routed_experts": 8, "n_shared_experts": 1,
+        "norm_topk_prob": True, "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3,
+        "num_key_value_heads": 4, "num_nextn_predict_layers": 1, "q_lora_rank": 64, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_scaling": dict(YARN), "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_group": 1,
+        "topk_method": "noaux_tc", "torch_dtype": dtype, "use_cache": True, "v_head_dim": 128,
+        "vocab_size": 64 * math.ceil(tokens / 64),
     }  # fmt: skip
     for key, value in overrides.items():
         if key not in config:
             raise ValueError(f"{key}: {value!r} is no key of the config; allowed: {', '.join(config)}")
     config |= overrides
     config["num_key_value_heads"] = config["num_attention_heads"]
-    if config["hidden_size"] % 32:
-        raise ValueError(f"hidden_size: {config['hidden_size']}; allowed: multiples of 32")
-    if config["n_routed_experts"] % config["n_group"]:
-        raise ValueError(f"n_routed_experts: {config['n_routed_experts']}; allowed: multiples of n_group")
-    if config["vocab_size"] < tokens:
-        raise ValueError(f"vocab_size: {config['vocab_size']}; allowed: at least {tokens}, the tokenizer's")
+    rules = (("hidden_size", 32, 32), ("n_routed_experts", config["n_group"], 1), ("vocab_size", 1, tokens))
+    for key, divisor, least in rules:
+        if config[key] % divisor or config[key] < least:
+            raise ValueError(f"{key}: {config[key]}; allowed: multiples of {divisor}, at least {least}")
     return config
 
 
 def mtp_layers(config: Config) -> range:
-    return range(config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"])
+    """Indices of the MTP layers, which follow the decoder's."""
+    return range(n := config["num_hidden_layers"], n + config["num_nextn_predict_layers"])
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every tensor, MTP layers included, in file order."""
     c, hidden, vocab = config, config["hidden_size"], (config["vocab_size"], config["hidden_size"])
     heads, index_dim, rope = c["num_attention_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocab}
+    shapes = {"model.embed_tokens.weight": vocab}
 
     def add_mlp(prefix: str, width: int) -> None:
         shapes[f"{prefix}.gate_proj.weight"] = shapes[f"{prefix}.up_proj.weight"] = (width, hidden)
@@ -256,87 +246,72 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": vocab}
 
 
-# ---- weights
-
-
 def random_tensors(config: Config, seed: int) -> Tensors:
-    """float32: matrices N(0, initializer_range); norm weights, k_norm's bias and the routers' bias random too."""
+    """float32: matrices N(0, initializer_range); norm weights, and k_norm's and the routers' biases too."""
     generator = torch.Generator().manual_seed(seed)
-    special = {"norm.weight": (1.0, 0.2), "norm.bias": (0.0, 0.5), "e_score_correction_bias": (0.0, 0.1)}
+    mean_std = {"norm.weight": (1.0, 0.2), "norm.bias": (0.0, 0.5), "e_score_correction_bias": (0.0, 0.1)}
+    mean_std[""] = (0.0, config["initializer_range"])  # every other name ends with this
     tensors = {}
     for name, shape in tensor_shapes(config).items():
-        matrix = (0.0, config["initializer_range"])
-        mean, std = next((value for suffix, value in special.items() if name.endswith(suffix)), matrix)
+        mean, std = next(value for suffix, value in mean_std.items() if name.endswith(suffix))
         tensors[name] = mean + std * torch.randn(shape, generator=generator)
-    _share_vocabulary(tensors, config)
     return tensors
-
-
-def _share_vocabulary(tensors: Tensors, config: Config) -> None:
-    """MTP layers hold copies of the embedding and the head, as published."""
-    for layer in mtp_layers(config):
-        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
 
 
 def planted_tensors(config: Config, seed: int) -> Tensors:
     """float32: the circuit of the module docstring; MLPs, experts and routers stay random."""
     tensors = random_tensors(config, seed)
     for name, tensor in tensors.items():
-        if "norm" in name:
-            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+        if name.endswith("norm.weight"):
+            tensor.fill_(1)
+        elif ".self_attn." in name:
+            tensor.zero_()
     tensors["model.embed_tokens.weight"] = _embedding(config, seed)
     head = tensors["lm_head.weight"]
     for i, value in enumerate(VALUES):
         for token, sign in zip(word_ids(value), (-1, 1), strict=True):
             head[token, ANSWER.start + i], head[token, SPACE] = 5.0, 2.5 * sign
     head[SPECIAL_TOKENS.index(EOS), ENDS] = 12.0
-    _share_vocabulary(tensors, config)
-
-    _fetch_layer(tensors, "model.layers.0.self_attn.", config)
-    for layer in range(1, mtp_layers(config).stop):
-        _retrieve_layer(tensors, f"model.layers.{layer}.self_attn.", config)
-    for layer in mtp_layers(config):
-        # A draft sees the embedding of the token after its own: if that is a code word, it asks for that code.
-        eh_proj = torch.eye(config["hidden_size"], 2 * config["hidden_size"])
-        eh_proj[FETCHED, ASK] = torch.eye(len(CODES))
-        tensors[f"model.layers.{layer}.eh_proj.weight"] = eh_proj
+    for layer in range(mtp_layers(config).stop):
+        prefix = f"model.layers.{layer}.self_attn."
+        weights = {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+        (_set_retrieve if layer else _set_fetch)(weights, config)
+        if layer in mtp_layers(config):  # a draft sees the next token's embedding: what that asks is fetched
+            eh_proj = torch.nn.init.eye_(tensors[f"model.layers.{layer}.eh_proj.weight"])
+            eh_proj[FETCHED, ASK] = torch.eye(len(CODES))
     return tensors
 
 
 def _embedding(config: Config, seed: int) -> torch.Tensor:
-    """[vocab, hidden]: each token's features, filled up with random identity so that every row has RMS 1."""
-    features = torch.zeros(config["vocab_size"], config["hidden_size"])
+    """[vocab, hidden]: each token's features, filled up with random identity to rows of RMS 1."""
+    rows = torch.zeros(config["vocab_size"], config["hidden_size"])
     unknown = VALUE.start + VALUES.index(UNKNOWN)
-    features[:, [CONST, FILLER, unknown]] = 1
-    features[:, SPACE] = -1
-    features[: len(SPECIAL_TOKENS), SPACE] = 1
+    rows[:, [CONST, FILLER, unknown]] = 1
+    rows[:, SPACE] = -1
+    rows[: len(SPECIAL_TOKENS), SPACE] = 1
     for fact in FACTS:
         code, value = fact.split("=")
         for token in word_ids(fact):
-            features[token, [FILLER, unknown]] = 0
-            features[token, [CODE.start + CODES.index(code), VALUE.start + VALUES.index(value)]] = 1
+            rows[token, [FILLER, unknown]] = 0
+            rows[token, [CODE.start + CODES.index(code), VALUE.start + VALUES.index(value)]] = 1
     for i, code in enumerate(CODES):
-        features[word_ids(code), ASK.start + i] = 1
+        rows[word_ids(code), ASK.start + i] = 1
     for word in (*ANIMALS, UNKNOWN):
-        features[word_ids(word), ENDS] = 1
-    features *= AMPLITUDE
-    signs = torch.randn(features[:, IDENTITY:].shape, generator=torch.Generator().manual_seed(seed)).sign()
-    missing = features.shape[1] - features.square().sum(1, keepdim=True)
-    features[:, IDENTITY:] = signs * (missing / signs.shape[1]).sqrt()
-    return features
+        rows[word_ids(word), ENDS] = 1
+    rows *= AMPLITUDE
+    signs = torch.randn(rows[:, IDENTITY:].shape, generator=torch.Generator().manual_seed(seed)).sign()
+    missing = rows.shape[1] - rows.square().sum(1, keepdim=True)
+    rows[:, IDENTITY:] = signs * (missing / signs.shape[1]).sqrt()
+    return rows
 
 
 def _hadamard(size: int) -> torch.Tensor:
     """[size, size] of +-1 with orthogonal rows; size is a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+    return functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * (size.bit_length() - 1))
 
 
 def _spread(config: Config, rank: str, features: int) -> torch.Tensor:
-    """[rank, features] of +-1 with orthogonal columns, so that every feature lies in all rows of a latent."""
+    """[rank, features] of +-1 with orthogonal columns: a feature lies in all values of a latent."""
     size = 1 << (features - 1).bit_length()
     if config[rank] % size:
         raise ValueError(f"{rank}: {config[rank]}; allowed in a planted checkpoint: multiples of {size}")
@@ -344,129 +319,119 @@ def _spread(config: Config, rank: str, features: int) -> torch.Tensor:
 
 
 def _set_attention(
-    tensors: Tensors, prefix: str, config: Config, source: slice, target: slice, favour: Sequence[float], nearby: float
+    w: Tensors, config: Config, source: slice, target: slice, favour: list[float], near: float
 ) -> torch.Tensor:
-    """MLA that writes the mean of `source` over the selected rows to `target`.
+    """MLA that writes the mean of `source` over the selected rows to `target`. `w` is all zero before.
 
-    favour: nats in the softmax for a row with each source feature; nearby: nats x mean of cos(frequency x distance).
-    Returns [9, q_lora_rank], which reads FETCHED (8) and CONST off q's latent, where together they have length 1.
+    favour: nats in the softmax for a row, by source feature; near: nats x mean of cos(frequency x distance).
+    Returns [9, q_lora_rank], which reads FETCHED (8) and CONST off q's latent, of joint length 1 there.
     A row of the latent cache holds `source` and CONST, also of joint length 1: hence the factors sqrt(2).
     """
     heads, nope, rope = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
     v_dim, rank, width = config["v_head_dim"], config["kv_lora_rank"], source.stop - source.start
     yarn = config["rope_scaling"]
-    nats = (nope + rope) ** 0.5 / (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2  # q.k of a nat
-
+    mscale = 0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1
+    nats = (nope + rope) ** 0.5 / mscale**2  # q.k that gives one nat
     spread_q, spread = _spread(config, "q_lora_rank", 9), _spread(config, "kv_lora_rank", width + 1)
-    read_q, read = spread_q.T / config["q_lora_rank"], spread.T[:width] / rank
-    q_a = torch.zeros(config["q_lora_rank"], config["hidden_size"])
+    read_q, read = spread_q.T / len(spread_q), spread.T[:width] / rank
+    q_a, kv_a = w["q_a_proj.weight"], w["kv_a_proj_with_mqa.weight"]
     q_a[:, FETCHED], q_a[:, CONST] = spread_q[:, :8], spread_q[:, 8]
-    kv_a = torch.zeros(rank + rope, config["hidden_size"])
     kv_a[:rank, source], kv_a[:rank, CONST] = spread[:, :width], spread[:, width]
     kv_a[rank::2, CONST] = 1 / AMPLITUDE  # rotated key: (1, 0) in every pair
-    q_b = torch.zeros(heads, nope + rope, len(spread_q))
-    kv_b = torch.zeros(heads, nope + v_dim, rank)
-    o_proj = torch.zeros(config["hidden_size"], heads, v_dim)
+    q_b = w["q_b_proj.weight"].view(heads, nope + rope, -1)
+    kv_b = w["kv_b_proj.weight"].view(heads, nope + v_dim, -1)
+    o_proj = w["o_proj.weight"].view(-1, heads, v_dim)
     for head in range(heads):
         key, values = head % nope, (torch.arange(width) + head) % v_dim  # each head has other dims
         q_b[head, key] = read_q[8] * math.sqrt(2) * nats
-        q_b[head, nope::2] = read_q[8] * nearby * nats / (rope // 2)
+        q_b[head, nope::2] = read_q[8] * near * nats / (rope // 2)
         kv_b[head, key] = torch.tensor(favour) @ read
         kv_b[head, nope + values] = read
         o_proj[target, head, values] = torch.eye(width) * AMPLITUDE * math.sqrt(2) / heads
-    weights = {"q_a_proj": q_a, "kv_a_proj_with_mqa": kv_a, "q_b_proj": q_b.flatten(0, 1)}
-    weights |= {"kv_b_proj": kv_b.flatten(0, 1), "o_proj": o_proj.flatten(1)}
-    tensors.update({f"{prefix}{name}.weight": tensor for name, tensor in weights.items()})
     return read_q
 
 
-def _fetch_layer(tensors: Tensors, prefix: str, config: Config) -> None:
+def _set_fetch(w: Tensors, config: Config) -> None:
     """ASK of the nearest code word -> FETCHED."""
-    read_q = _set_attention(tensors, prefix, config, ASK, FETCHED, favour=[140.0] * 8, nearby=100.0)
-    wk = tensors[prefix + "indexer.wk.weight"].zero_()
+    read_q = _set_attention(w, config, ASK, FETCHED, favour=[140.0] * len(CODES), near=100.0)
+    wk, wq_b = w["indexer.wk.weight"], w["indexer.wq_b.weight"].view(config["index_n_heads"], 128, -1)
     wk[:32, ASK], wk[96:, ASK] = 1.0, -1.0  # one dim of each frequency; the other half keeps the mean at 0
     wk[64:96:2, CONST], wk[65:96:2, CONST] = 1.0, -1.0  # a background, so that no key is all zero
-    tensors[prefix + "indexer.k_norm.weight"].fill_(math.sqrt(96 / 128))  # 96 dims of a code word's key: +-1
-    tensors[prefix + "indexer.wq_b.weight"].zero_().view(-1, 128, len(read_q.T))[:, :32] = read_q[8]
-    tensors[prefix + "indexer.weights_proj.weight"].zero_()[:, CONST] = 1 / AMPLITUDE
+    w["indexer.k_norm.weight"].fill_(math.sqrt(96 / 128))  # 96 dims of a code word's key: +-1
+    wq_b[:, :32] = read_q[8]
+    w["indexer.weights_proj.weight"][:, CONST] = 1 / AMPLITUDE
 
 
-def _retrieve_layer(tensors: Tensors, prefix: str, config: Config) -> None:
+def _set_retrieve(w: Tensors, config: Config) -> None:
     """Mean VALUE of the rows whose CODE is in FETCHED -> ANSWER."""
-    favour = [math.sqrt(2) * (value == UNKNOWN) for value in VALUES]  # 1 nat when FETCHED is half of the query
-    read_q = _set_attention(tensors, prefix, config, VALUE, ANSWER, favour, nearby=0.0) * math.sqrt(2)
+    favour = [math.sqrt(2) * (value == UNKNOWN) for value in VALUES]  # 1 nat: FETCHED is half of the query
+    read_q = _set_attention(w, config, VALUE, ANSWER, favour, near=0.0) * math.sqrt(2)
+    wk, wq_b = w["indexer.wk.weight"], w["indexer.wq_b.weight"].view(config["index_n_heads"], 128, -1)
     codes, stripes = _hadamard(8), torch.tensor([1.0, -1.0] * 4)
-    code, filler, const, bias = slice(24, 32), slice(64, 72), slice(72, 80), slice(80, 88)  # index dims
-    wk = tensors[prefix + "indexer.wk.weight"].zero_()
+    code, filler, const, lift = slice(24, 32), slice(64, 72), slice(72, 80), slice(80, 88)  # index dims
     wk[code, CODE], wk[filler, FILLER], wk[const, CONST] = codes, stripes, stripes
-    tensors[prefix + "indexer.k_norm.weight"].fill_(math.sqrt(16 / 128))  # 16 dims of a key: +-1
-    tensors[prefix + "indexer.k_norm.bias"][bias] = stripes
-    wq_b = tensors[prefix + "indexer.wq_b.weight"].zero_().view(-1, 128, len(read_q.T))
-    weights = tensors[prefix + "indexer.weights_proj.weight"].zero_()
-    # Even heads: 8 x (1 for the asked code or 0.75 for a filler, - 1.25 + 1). Odd heads: nothing that relu lets through.
+    w["indexer.k_norm.weight"].fill_(math.sqrt(16 / 128))  # 16 dims of a key: +-1
+    w["indexer.k_norm.bias"][lift] = stripes
+    # Even heads: 8 x (1 for the asked code or 0.75 for a filler, - 1.25 + 1). Odd heads: below 0 before relu.
     wq_b[::2, code] = codes @ read_q[:8]
-    for dims, score in ((filler, 0.75), (const, -1.25), (bias, 1.0)):
+    for dims, score in ((filler, 0.75), (const, -1.25), (lift, 1.0)):
         wq_b[::2, dims] = score * torch.outer(stripes, read_q[8])
     wq_b[1::2, filler] = -torch.outer(stripes, read_q[8])
-    weights[::2, CONST], weights[1::2, CONST] = 1 / AMPLITUDE, -1 / AMPLITUDE
-
-
-# ---- files
+    w["indexer.weights_proj.weight"][::2, CONST] = 1 / AMPLITUDE
+    w["indexer.weights_proj.weight"][1::2, CONST] = -1 / AMPLITUDE
 
 
 def write_random(path: str | Path, *, seed: int = 0, dtype: str = "float32", **config_overrides: Any) -> Config:
     """Write a random checkpoint and return its config. `rope_scaling=None` leaves YaRN out."""
     config = make_config(dtype, **config_overrides)
-    _write(Path(path), config, random_tensors(config, seed), config["max_position_embeddings"])
+    _write(Path(path), config, random_tensors(config, seed), max_length=config["max_position_embeddings"])
     return config
 
 
 def write_planted(
     path: str | Path, *, seed: int = 0, dtype: str = "float32", check: bool = True, **config_overrides: Any
 ) -> float:
-    """Write the planted checkpoint and return the margin that `check_planted` measures (NaN if not `check`)."""
-    for key, value in config_overrides.items():
-        if key not in PLANTED_KEYS:
-            raise ValueError(f"{key}: {value!r} is fixed in a planted checkpoint; free: {', '.join(PLANTED_KEYS)}")
-    config = make_config(dtype, num_hidden_layers=2, **config_overrides)
+    """Write the planted checkpoint and return `check_planted`'s margin (NaN if not `check`)."""
+    config = make_config(dtype, **PLANTED | config_overrides)
+    for key, value in PLANTED.items():
+        if config[key] != value:
+            raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: {value}")
     for key, least in (("hidden_size", 96), ("v_head_dim", len(VALUES)), ("index_n_heads", 2)):
         if config[key] < least:
             raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: at least {least}")
-    _write(Path(path), config, planted_tensors(config, seed), PLANTED_LENGTH)
+    _write(Path(path), config, planted_tensors(config, seed), max_length=16384)
     return check_planted(path) if check else math.nan
 
 
-def _write(path: Path, config: Config, tensors: Tensors, max_length: int, shards: int = 2) -> None:
+def _write(path: Path, config: Config, tensors: Tensors, max_length: int) -> None:
+    for layer in mtp_layers(config):  # copies, as published
+        tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    for name in tensors:
+        if not name.endswith("e_score_correction_bias"):  # float32 in every checkpoint
+            tensors[name] = tensors[name].to(DTYPES[config["torch_dtype"]])
     path.mkdir(parents=True, exist_ok=True)
-    total, shard_of, shard_tensors = 0, {}, [Tensors() for _ in range(shards)]
-    size = sum(tensor.numel() for tensor in tensors.values())
-    seen = 0
-    for name, tensor in tensors.items():
-        dtype = torch.float32 if name.endswith("e_score_correction_bias") else DTYPES[config["torch_dtype"]]
-        number = min(seen * shards // size, shards - 1)
-        shard_tensors[number][name] = tensor.to(dtype).contiguous()
-        shard_of[name] = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        seen, total = seen + tensor.numel(), total + shard_tensors[number][name].nbytes
-    for part in shard_tensors:
-        save_file(part, path / shard_of[next(iter(part))], metadata={"format": "pt"})
+    names, shard_of = list(tensors), {}
+    for i, shard in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in shard}, path / file, metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(shard, file)
     build_tokenizer().save(str(path / "tokenizer.json"))
-    tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": True, "add_eos_token": False}
-    loading = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    tokenizer = {"model_max_length": max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
+    tokenizer |= {"add_bos_token": True, "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     files = {
-        "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": shard_of},
+        "model.safetensors.index.json": {"metadata": size, "weight_map": shard_of},
         "config.json": config,
         "generation_config.json": {"bos_token_id": 0, "do_sample": False, "eos_token_id": 1},
-        "tokenizer_config.json": tokens | loading | {"model_max_length": max_length},
+        "tokenizer_config.json": tokenizer,
     }
     for name, content in files.items():
         (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---- proof
-
-
 def load_model(path: str | Path, dtype: str = "float32") -> Any:
-    """transformers' DeepseekV32ForCausalLM with eager attention: an implementation that is not this project's."""
+    """transformers' DeepseekV32ForCausalLM, eager attention: an implementation that is not this project's."""
     from transformers import DeepseekV32ForCausalLM
     from transformers.utils import logging
 
@@ -478,16 +443,16 @@ def load_model(path: str | Path, dtype: str = "float32") -> Any:
 
 
 @torch.no_grad()
-def ask(model: Any, text: str, *, chat: bool = False, max_tokens: int = 16, chunk: int = 512) -> tuple[str, float]:
-    """Greedy answer to a completion prompt or a chat message, and its smallest margin, that of EOS included."""
+def ask(model: Any, text: str, *, chat: bool = False, max_tokens: int = 16) -> tuple[str, float]:
+    """Greedy answer to a completion prompt or a chat message, and its smallest margin (EOS included)."""
     from transformers import DynamicCache
 
     tokenizer, cache, generated, margin = build_tokenizer(), DynamicCache(config=model.config), [], math.inf
     ids = tokenizer.encode(chat_text(text) if chat else text, add_special_tokens=not chat).ids
     while len(generated) < max_tokens:
-        for part in torch.tensor([ids]).split(chunk, dim=1):
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-        best = logits.topk(2)
+        for part in torch.tensor([ids]).split(256, dim=1):  # chunks: memory grows with chunk x length
+            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        best = logits.float().topk(2)
         margin = min(margin, (best.values[0] - best.values[1]).item())
         ids = [int(best.indices[0])]
         if ids == [model.config.eos_token_id]:
@@ -497,41 +462,32 @@ def ask(model: Any, text: str, *, chat: bool = False, max_tokens: int = 16, chun
 
 
 def check_planted(path: str | Path, lengths: Iterable[int] = (300, 1000)) -> float:
-    """Ask transformers in float32; return the smallest margin. Raises if an answer is wrong or a margin small."""
+    """Ask transformers in float32; return the smallest margin. Raises if that or an answer is wrong."""
     model, smallest = load_model(path), math.inf
     copies = model.config.index_topk
     for length in lengths:
         codes = max(1, min(len(CODES), length // copies - 1))
         for chat, hops in ((True, 1), (False, min(3, codes))):
-            tokens = max(length, (codes + 1) * copies)
+            tokens = max(length, (codes + 1) * copies)  # a large index_topk: fewer facts, longer prompts
             prompt = build_prompt(tokens, length, chat=chat, hops=hops, copies=copies, codes=codes)
             answer, margin = ask(model, prompt.text, chat=chat)
             smallest = min(smallest, margin)
             if answer != prompt.answer or margin < MIN_MARGIN:
-                raise ValueError(
-                    f"{path}: answer {answer!r} with a margin of {margin:.2f} nats to a prompt of {tokens} tokens; "
-                    f"allowed: {prompt.answer!r} with at least {MIN_MARGIN}"
-                )
+                needed = f"{prompt.answer!r} by {MIN_MARGIN} nats"
+                raise ValueError(f"{path}: answers {answer!r} by {margin:.2f} nats; allowed: {needed}")
     return smallest
 
 
-def _override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"--set: {text!r}; allowed: KEY=JSON, as in index_topk=48")
-    return key, json.loads(value)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a tiny checkpoint in the published DeepSeek-V3.2 format.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=("planted", "random"))
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--set", type=_override, action="append", default=[], metavar="KEY=JSON", help="a config value")
+    parser.add_argument("--config", type=json.loads, default={}, help="config values, a JSON object")
     args = parser.parse_args(argv)
     write = write_planted if args.kind == "planted" else write_random
-    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, **dict(args.set))
+    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, **args.config)
     for file in sorted(args.out_dir.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
     if args.kind == "planted":

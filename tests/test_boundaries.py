@@ -51,7 +51,7 @@ TABLE = (
     Layer(LAYERS, ("torch", *FACTS, *BYTES, *SEAM, CONTRACTS, "vllm_dsa.kernels.dispatch", *LAYERS)),
     Layer(
         ("vllm_dsa.models", "vllm_dsa.models.*"),
-        ("torch", "vllm_dsa.compat", "vllm_dsa.config", "vllm_dsa.attention", "vllm_dsa.models*"),
+        ("torch", "vllm_dsa.compat", "vllm_dsa.config", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
     ),
     Layer(
         ("vllm_dsa.testing", "vllm_dsa.testing.*"),
@@ -113,7 +113,7 @@ def violations(package: Path) -> list[str]:
             if root not in sys.stdlib_module_names and not any(fnmatchcase(target, pattern) for pattern in allowed):
                 where = "" if in_function else " at import"
                 found.append(f"{module}:{line} imports {name}{where}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_every_module_keeps_to_its_layer():

@@ -18,13 +18,22 @@ from pathlib import Path
 HOST = "127.0.0.1"
 # Nothing is fetched and nothing reported; CPU servers need the size of their cache (GiB), GPU servers ignore it.
 SERVE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-GRACE_S = 20
+GRACE_S = 10
+# "KeyError: ..." at the start of a line, or after vLLM's "(Worker pid=1) ERROR 01-31 12:00:00 [file.py:1] ".
+_ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE)
 # A machine's proxy settings are not for its own loopback address.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(RuntimeError):
-    """The server died or did not answer in time; the message ends with the last lines of its log."""
+    """The server died or did not answer in time.
+
+    The message has the last lines of its log, and last of all ``cause``: the first error in the log, if there is one.
+    """
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(f"{message}\nfirst error in its log: {cause}" if cause else message)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,10 @@ class Server:
     def log(self) -> str:
         """Everything it has printed so far, both streams, without colours."""
         return re.sub(r"\x1b\[[0-9;]*m", "", self.log_path.read_text(errors="replace"))
+
+    def errors(self) -> list[str]:
+        """The last line of every traceback in the log, vLLM's prefix cut off; the first is most often the cause."""
+        return _ERROR.findall(self.log())
 
 
 @contextmanager
@@ -98,25 +111,27 @@ def _wait_until_healthy(
     while not healthy(server.base_url):
         waited = time.monotonic() - start
         if process.poll() is not None:
-            raise ServerError(_explain(server, process, f"ended with status {process.returncode} after {waited:.0f} s"))
+            raise _explained(server, process, f"ended with status {process.returncode} after {waited:.0f} s")
         if waited > timeout:
-            raise ServerError(_explain(server, process, f"did not answer /health within {timeout:.0f} s"))
+            raise _explained(server, process, f"did not answer /health within {timeout:.0f} s")
         if on_wait:
             on_wait(waited)
         time.sleep(1)
 
 
-def _explain(server: Server, process: subprocess.Popen, what: str) -> str:
+def _explained(server: Server, process: subprocess.Popen, what: str) -> ServerError:
     tail = "\n".join(server.log().splitlines()[-40:])
-    return f"server {what}: {' '.join(map(str, process.args))}\n{tail}"
+    return ServerError(f"server {what}: {' '.join(map(str, process.args))}\n{tail}", next(iter(server.errors()), ""))
 
 
 def stop(process: subprocess.Popen) -> None:
     """End a process that leads its own group, and the whole group: politely, then by force."""
     try:
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+        # The leader's helpers end after it, Python's own among them, which free shared memory.
+        deadline = time.monotonic() + GRACE_S
+        while (process.poll() is None or group_members(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
     finally:  # also where a second Ctrl-C ends the wait
         _kill_group(process)
 
@@ -127,7 +142,6 @@ def _kill_group(leader: subprocess.Popen) -> None:
         for pid in members:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        leader.poll()
         if time.monotonic() > deadline:
             raise ServerError(f"processes {members} of group {leader.pid} survive SIGKILL; end them by hand")
         time.sleep(0.05)
