@@ -80,16 +80,16 @@ def ask(tokens: int, seed: int) -> int:
     """Serve, ask, compare. Returns the exit status."""
     index_topk = json.loads((CHECKPOINT / "config.json").read_text())["index_topk"]
     prompt = build_prompt(tokens, seed, chat=True, copies=index_topk)
-    facts, _, question = prompt.text.rpartition(" What ")
+    facts, _, question = prompt.text.rpartition(" What is ")
+    asked = question.rstrip("?")
     show("server", f"vllm serve {os.path.relpath(CHECKPOINT)} {' '.join(SERVE_ARGS)}")
     start = time.monotonic()
     with serve(CHECKPOINT, *SERVE_ARGS, log_path=FOLDER / "server.log", on_wait=wait) as server:
         show("", f"ready after {time.monotonic() - start:.0f} s at {server.base_url}")
         show("providers", provider_line(server))
-        show(
-            "prompt", f"{tokens:,} tokens, {tokens / index_topk:.0f} times index_topk ({index_topk}): {facts[:230]} ..."
-        )
-        show("question", f"What {question}")
+        show("prompt", f"{tokens:,} tokens, index_topk is {index_topk}: {facts[:230]} ...")
+        show("", f"{index_topk} of its words are {asked}={prompt.answer}")
+        show("question", f"What is {asked}?")
         try:
             answer = stream_answer(server, prompt.text)
         except openai.APIError as error:

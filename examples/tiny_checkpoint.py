@@ -26,7 +26,8 @@ Layer 0 fetches, layer 1 (and the MTP layer) retrieves. MLPs, experts and router
 What breaks it: dense attention and sliding windows average fillers (`unknown`). The code patterns lie in
 index dims 24-31: the right RoPE layout (half-split) turns these by the slow frequencies 24-31, which YaRN
 divides by 40, the interleaved one by the fast 12-15, where asked facts fall below fillers. Only k_norm's bias
-lifts scores above 0. Odd index heads have negative weights and queries that relu silences. e4m3 is exact.
+lifts scores above 0. Odd index heads have negative weights and queries that relu silences. e4m3 rounds none
+of the index values.
 
 A completion prompt ends with the question (last token `red`, `?` or any other), a chat message likewise. With
 ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` is a word of its own, no part of `hatred`.
@@ -131,7 +132,7 @@ def build_prompt(
     total_tokens: the whole prompt, BOS included; with `chat`, all of `chat_text(text)`.
     asked: code in the question, None = any. The text before it stays the same (if scattered).
     hops: longest chain of facts. With 3, `red=blue`, `blue=pink`, `pink=lion`: up to 3 words of answer.
-    placement: where the asked fact stands: "scattered", or packed at the "first" or "last" positions.
+    placement: of the asked fact: "scattered", or packed at the "first" or "last" (windows see it) positions.
     """
     rng = random.Random(seed)
     planted, animals = rng.sample(CODES, len(CODES))[:codes], rng.sample(ANIMALS, len(ANIMALS))

@@ -251,7 +251,8 @@ def test_refusals_name_the_thing_and_what_is_allowed(call, message):
 @pytest.mark.parametrize("length", [300, 1000, 3000])
 def test_planted_answers_right(planted, model, monkeypatch, length, rounding):
     alter(monkeypatch, model, rounding=rounding)
-    for options in ({"chat": True}, {"hops": 3}, {"placement": "last", "chat": True}, {"placement": "first"}):
+    cases = ({"chat": True, "placement": "first"}, {"hops": 3}, {"placement": "last"}, {"chat": True, "hops": 2})
+    for options in cases if length < 3000 else cases[:1]:
         prompt = tiny.build_prompt(length, length, **options)
         answer, margin = tiny.ask(model, prompt.text, chat=options.get("chat", False))
         assert answer == prompt.answer, options
@@ -269,7 +270,7 @@ def test_planted_answers_right_in_bfloat16(tmp_path, monkeypatch, rounding):
         assert (answer, margin > 10) == (prompt.answer, True)
 
 
-@pytest.mark.parametrize("length", [300, 1000, 3000])
+@pytest.mark.parametrize("length", [300, 2000])
 @pytest.mark.parametrize("fault", ["RoPE swapped", "dense", "sliding window", "k_norm bias dropped", "relu dropped"])
 def test_planted_answers_wrong_when_dsa_is_wrong(model, monkeypatch, fault, length):
     prompt = tiny.build_prompt(length, length, chat=True)

@@ -109,29 +109,37 @@ def attend(
     """Softmax attention of every row over its selected latent rows; returns the log-sum-exp."""
     lse = torch.full(query.shape[:2], float("-inf"))
     out.zero_()
-    chunk = min(ATTEND_CHUNK, _ceil(selected.shape[1], 16) * 16)
+    chunk = min(ATTEND_CHUNK, 16 * _ceil(selected.shape[1], 16))
     chunks = ((selected >= 0).sum(1) + (chunk - 1)) // chunk  # a row's share of work depends on the row alone
+    source = _row_view(latent_cache)
     for count in chunks.unique().tolist():
-        if count == 0:
-            continue
-        row_tile = max(1, LATENT_BYTES // (count * chunk * query.shape[-1] * 4))
-        for tile in torch.nonzero(chunks == count).squeeze(1).split(row_tile):
-            picked = selected[tile, : count * chunk]
+        row_tile = max(1, LATENT_BYTES // (max(1, count) * chunk * query.shape[-1] * 4))
+        for group in torch.nonzero(chunks == count).squeeze(1).split(16 * row_tile) if count else ():
+            picked = selected.index_select(0, group)[:, : count * chunk].long()
             picked = F.pad(picked, (0, count * chunk - picked.shape[1]), value=-1)
-            values, lse[tile] = _attend_rows(
-                query[tile].float(), latent_cache, rows, rows.requests[tile], picked, scale, chunk, out.shape[-1]
-            )
-            out[tile] = values.to(out.dtype)
+            padding = (picked < 0).view(-1, 1, count, chunk)
+            # Padding reads the row's first pick again: other memory could hold NaN, which no zero weight silences.
+            index = _row_index(latent_cache, rows, group, torch.where(picked < 0, picked[:, :1], picked))
+            queries = query.index_select(0, group).float()
+            parts = [
+                _attend_rows(queries[tile], _latents(source, index[tile]), padding[tile], scale, out.shape[-1])
+                for tile in (slice(i, i + row_tile) for i in range(0, len(group), row_tile))
+            ]
+            out[group] = torch.cat([values for values, _ in parts]).to(out.dtype)
+            lse[group] = torch.cat([lse for _, lse in parts])
     return lse
 
 
-def scores(codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int) -> torch.Tensor:
+def scores(
+    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int
+) -> torch.Tensor:
     """Index scores [length] of one row, the very ones that select ranks."""
-    length = int(rows.lengths[row])
-    one = slice(row, row + 1)
-    queries, weights = _index_queries(codes[one], weights[one])
-    keys, key_scales = _index_keys(index_cache, rows.block_table[int(rows.requests[row])], codes.shape[-1], 0, length)
-    return _scores(queries, weights, keys, LOGIT_BYTES).mul_(key_scales)[0, :length]
+    length, pages = int(rows.lengths[row]), rows.block_table[int(rows.requests[row])]
+    queries, weights = _index_queries(codes[row : row + 1], weights[row : row + 1])
+    keys, key_scales = _index_keys(index_cache, pages, codes.shape[-1], 0, length)
+    found = torch.empty(1, len(key_scales))
+    _scores(queries, weights, keys, found)
+    return (found * key_scales)[0, :length]
 
 
 def _ceil(value: int, divisor: int) -> int:
@@ -184,24 +192,19 @@ def _index_keys(
     return keys.view(-1, KEY_TILE, dim), scales
 
 
-def _scores(queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, logit_bytes: int) -> torch.Tensor:
-    """sum_h weights[b, 0, h] * relu(queries[b, h] . keys[t, i]) as [b, t * KEY_TILE], keys unscaled."""
-    (b, heads, _), tiles = queries.shape, len(keys)
-    out = torch.empty(b, tiles * KEY_TILE)
+def _scores(queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+    """sum_h weights[b, 0, h] * relu(queries[b, h] . keys[t, i]) into out [b, t * KEY_TILE]; keys unscaled."""
+    b, tiles = len(queries), len(keys)
+    out = out.unflatten(1, (tiles, KEY_TILE))
     keys = keys.transpose(1, 2)  # [t, D, KEY_TILE]
-    if b >= min(tiles, 4):
-        for t in range(tiles):
-            dots = torch.bmm(queries, keys[t].expand(b, -1, -1)).relu_()
-            out[:, t * KEY_TILE : (t + 1) * KEY_TILE] = torch.bmm(weights, dots).squeeze(1)
-        return out
-    step = max(1, logit_bytes // (heads * KEY_TILE * 4))
-    for row in range(b):
-        for t in range(0, tiles, step):
-            batch = keys[t : t + step]
-            dots = torch.bmm(queries[row].expand(len(batch), -1, -1), batch).relu_()
-            summed = torch.bmm(weights[row].expand(len(batch), -1, -1), dots)
-            out[row, t * KEY_TILE : (t + len(batch)) * KEY_TILE] = summed.flatten()
-    return out
+    if b >= tiles:
+        for tile in range(tiles):
+            dots = torch.bmm(queries, keys[tile].expand(b, -1, -1)).relu_()
+            out[:, tile] = torch.bmm(weights, dots).squeeze(1)
+    else:
+        for row in range(b):
+            dots = torch.bmm(queries[row].expand(tiles, -1, -1), keys).relu_()
+            out[row] = torch.bmm(weights[row].expand(tiles, -1, -1), dots).squeeze(1)
 
 
 def _rank(row_scores: torch.Tensor, first: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -228,53 +231,86 @@ def _select_long(
 ) -> None:
     """Select for rows of one request, ascending, that all have more than top_k keys.
 
-    Keys are taken in segments, rows in tiles, both as large as half the budget allows; what a segment leaves is merged
-    with the next one's.
+    Rows go in tiles, keys in blocks, scores in segments of blocks; what one segment leaves is merged with the next
+    one's. A key takes 8 bytes a dim while it is converted, a ranked score 28.
     """
-    heads, dim = codes.shape[1:]
-    top_k, end = out.shape[1], int(lengths[-1])
-    logit_bytes = heads * KEY_TILE * 4  # of one row and one tile
-    # A key is held as bytes, float16 and float32; a score as three float32 / int32 and two int64.
-    segment = KEY_TILE * min(_ceil(end, KEY_TILE), max(1, budget // 2 // (KEY_TILE * dim * 8)))
-    row_tile = max(1, min(LOGIT_BYTES // logit_bytes, budget // 2 // (logit_bytes + 28 * segment)))
-    keys = _index_keys(index_cache, pages, dim, 0, end) if end <= segment else None
+    (heads, dim), top_k, end = codes.shape[1:], out.shape[1], int(lengths[-1])
+    logit_bytes = heads * KEY_TILE * 4  # of one row and one tile of keys
+    row_tile = max(1, min(LOGIT_BYTES, budget // 4) // logit_bytes)
+    block = KEY_TILE * max(1, min(LOGIT_BYTES // logit_bytes, budget // 4 // (KEY_TILE * dim * 8)))
+    segment = block * max(1, budget // 4 // (28 * row_tile * block))
+
+    def load(first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return _index_keys(index_cache, pages, dim, first, min(first + block, end))
+
+    held = None  # keys that several row tiles share
+    if len(codes) > row_tile and end * dim * 4 <= budget // 4:
+        held = {first: load(first) for first in range(0, end, block)}
     for first_row in range(0, len(codes), row_tile):
         tile = slice(first_row, first_row + row_tile)
         queries, head_weights = _index_queries(codes[tile], weights[tile])
         best, last = None, int(lengths[tile][-1])
-        for first in range(0, last, segment):
-            tile_keys, scales = keys or _index_keys(index_cache, pages, dim, first, min(first + segment, end))
-            tiles = _ceil(min(last - first, segment), KEY_TILE)
-            found = _scores(queries, head_weights, tile_keys[:tiles], min(LOGIT_BYTES, budget // 2))
-            found *= scales[: tiles * KEY_TILE]
-            ranks = _rank(found, first, lengths[tile])
+        for start in range(0, last, segment):
+            count = KEY_TILE * _ceil(min(segment, last - start), KEY_TILE)
+            found = torch.empty(len(queries), count)
+            for first in range(start, start + count, block):
+                keys, scales = held[first] if held else load(first)
+                mine = slice(first - start, min(first - start + block, count))
+                tiles = (mine.stop - mine.start) // KEY_TILE
+                _scores(queries, head_weights, keys[:tiles], found[:, mine])
+                found[:, mine] *= scales[: tiles * KEY_TILE]
+            ranks = _rank(found, start, lengths[tile])
             if best is not None:
                 ranks = torch.cat([best, ranks], dim=1)
             best = ranks.topk(min(top_k, ranks.shape[1]), sorted=False).values
         out[tile] = (_LOW_WORD - (best & _LOW_WORD)).int().sort(dim=1).values
 
 
+def _row_view(latent_cache: torch.Tensor) -> torch.Tensor:
+    """The cache as a matrix of overlapping rows, one a step, so that index_select copies whole rows."""
+    pages, block_size, width = latent_cache.shape
+    page_stride, token_stride, _ = latent_cache.stride()
+    step = math.gcd(page_stride, token_stride)
+    last = (pages - 1) * page_stride + (block_size - 1) * token_stride
+    return latent_cache.as_strided((last // step + 1, width), (step, 1))
+
+
+def _row_index(
+    latent_cache: torch.Tensor, rows: Rows, group: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Where ``_row_view`` has positions [b, n] int64 of the requests of rows ``group``."""
+    page_stride, token_stride, _ = latent_cache.stride()
+    step = math.gcd(page_stride, token_stride)
+    blocks = positions // rows.block_size
+    pages = rows.block_table[rows.requests[group].long().unsqueeze(1), blocks].long()
+    offsets = positions - blocks * rows.block_size
+    return pages * (page_stride // step) + offsets * (token_stride // step)
+
+
+def _latents(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Latent rows index [b, n], float32 [b, n, R + P]."""
+    raw = source.index_select(0, index.flatten())
+    if raw.dtype == torch.uint8:
+        latents = torch.empty(len(raw), 576)
+        latents[:, :512] = _decode(raw[:, :512])
+        scales = raw[:, 512:528].view(torch.float32) * 2.0**8  # codes are decoded to 2^-8 of their value
+        latents[:, :512].unflatten(1, (4, cache.LATENT_GROUP)).mul_(scales.unsqueeze(-1))
+        latents[:, 512:] = raw[:, 528:].view(torch.bfloat16)
+    else:
+        latents = raw.float()
+    return latents.view(*index.shape, -1)
+
+
 def _attend_rows(
-    query: torch.Tensor,
-    latent_cache: torch.Tensor,
-    rows: Rows,
-    requests: torch.Tensor,
-    picked: torch.Tensor,
-    scale: float,
-    chunk: int,
-    rank: int,
+    query: torch.Tensor, latents: torch.Tensor, padding: torch.Tensor, scale: float, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """query [b, N, R + P] float32, picked [b, chunks * chunk], -1 past each row's last: values [b, N, R], lse [b, N]."""
-    (b, heads, width), picks = query.shape, picked.shape[1]
-    chunks = picks // chunk
-    padding = picked < 0
-    # Padding reads the row's first pick again: any other memory could hold NaN, which a zero weight does not silence.
-    latents = _gather(latent_cache, rows, requests, torch.where(padding, picked[:, :1], picked)).view(-1, chunk, width)
+    """query [b, N, R + P], latents [b, n, R + P], padding [b, 1, chunks, chunk]: values [b, N, R], lse [b, N]."""
+    (b, heads, width), (chunks, chunk) = query.shape, padding.shape[2:]
+    latents = latents.view(b * chunks, chunk, width)
 
     each = query.unsqueeze(1).expand(-1, chunks, -1, -1).reshape(-1, heads, width)
-    logits = torch.bmm(each, latents.transpose(1, 2))  # [b * chunks, N, chunk]
-    logits = logits.view(b, chunks, heads, chunk).transpose(1, 2).reshape(b, heads, picks) * scale
-    logits.masked_fill_(padding.unsqueeze(1), float("-inf"))
+    logits = torch.bmm(each, latents.transpose(1, 2)).view(b, chunks, heads, chunk).transpose(1, 2) * scale
+    logits = logits.masked_fill(padding, float("-inf")).flatten(2)  # [b, N, n]
     weights = logits.softmax(-1)
     # The largest weight is exp(largest logit - lse). In float64, where an elementwise log's last bit, which may depend
     # on an element's place in the vector, is rounded away.
@@ -286,24 +322,3 @@ def _attend_rows(
     for part in range(1, chunks):
         values = values + parts[:, part]
     return values, lse
-
-
-def _gather(latent_cache: torch.Tensor, rows: Rows, requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Latent rows of positions [b, n] of each row's request, float32 [b * n, R + P]."""
-    blocks = positions // rows.block_size
-    pages = rows.block_table[requests.long().unsqueeze(1), blocks.long()].long()
-    # One index over a view whose rows overlap: index_select copies whole rows, indexing by page and offset does not.
-    page_stride, token_stride, _ = latent_cache.stride()
-    step = math.gcd(page_stride, token_stride)
-    extent = (latent_cache.shape[0] - 1) * page_stride + (latent_cache.shape[1] - 1) * token_stride
-    source = latent_cache.as_strided((extent // step + 1, latent_cache.shape[2]), (step, 1))
-    offsets = positions - blocks * rows.block_size
-    index = pages * (page_stride // step) + offsets * (token_stride // step)
-    raw = source.index_select(0, index.flatten())
-    if raw.dtype != torch.uint8:
-        return raw.float()
-    latents = torch.empty(len(raw), 576)
-    latents[:, :512] = _decode(raw[:, :512])
-    latents[:, :512].unflatten(1, (4, cache.LATENT_GROUP)).mul_(raw[:, 512:528].view(torch.float32).unsqueeze(-1) * 256)
-    latents[:, 512:] = raw[:, 528:].view(torch.bfloat16)
-    return latents

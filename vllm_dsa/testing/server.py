@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,24 +128,32 @@ def stop(process: subprocess.Popen) -> None:
     """End a process that leads its own group, and the whole group: politely, then by force."""
     try:
         process.terminate()
-        # The leader's helpers end after it, Python's own among them, which free shared memory.
-        deadline = time.monotonic() + GRACE_S
-        while (process.poll() is None or group_members(process.pid)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _wait_until_gone(process)
     finally:  # also where a second Ctrl-C ends the wait
-        _kill_group(process)
+        # Python's resource trackers end after the processes they serve, and free the shared memory these leave.
+        _kill(pid for pid in group_members(process.pid) if not _is_resource_tracker(pid))
+        _wait_until_gone(process)
+        _kill(group_members(process.pid))
+        process.wait()
 
 
-def _kill_group(leader: subprocess.Popen) -> None:
+def _wait_until_gone(leader: subprocess.Popen) -> None:
     deadline = time.monotonic() + GRACE_S
-    while members := group_members(leader.pid):
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise ServerError(f"processes {members} of group {leader.pid} survive SIGKILL; end them by hand")
+    while (leader.poll() is None or group_members(leader.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    leader.wait()
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it ended while we looked
+        return True
 
 
 def exit_on_sigterm() -> None:
