@@ -4,6 +4,7 @@ A fault changes the attention layers of a live engine; ``planted`` undoes it. Wh
 each: that is what shows that they can fail.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,8 +65,15 @@ def index_query_unrounded(layer: Any) -> dict[str, Any]:
     return {"kernels": Patched(layer.kernels, write_queries=write_queries, select=_select_by(reference.scores))}
 
 
+@functools.cache
+def _wider(selection: torch.Tensor, length: int) -> torch.Tensor:
+    """One wide selection for all layers that share one."""
+    return torch.empty(len(selection), length, dtype=torch.int32)
+
+
 def dense(layer: Any) -> dict[str, Any]:
-    return {"config": replace(layer.config, index_topk=4096)}
+    length = 4096
+    return {"config": replace(layer.config, index_topk=length), "selection": _wider(layer.selection, length)}
 
 
 def sliding_window(layer: Any) -> dict[str, Any]:

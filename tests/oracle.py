@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DeepseekV32ForCausalLM
+from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
 # By name and not through AutoModel: vLLM maps deepseek_v32 to transformers' V3 config in the process it is loaded in.
-MODELS = {"deepseek_v32": DeepseekV32ForCausalLM}
+MODELS = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM}
 
 
 def e4m3(x: torch.Tensor, floor: float, floor_after: bool) -> torch.Tensor:
@@ -71,8 +71,12 @@ class Oracle:
         ).eval()
         for layer in self.model.model.layers:
             attention = layer.self_attn
-            attention.indexer.interleaved = model_type != "deepseek_v32"
-            attention.indexer.forward = types.MethodType(_indexer_forward, attention.indexer)
+            # transformers leaves these two at 1e-6 whatever the config says; vLLM and SGLang take rms_norm_eps.
+            attention.q_a_layernorm.variance_epsilon = config.rms_norm_eps
+            attention.kv_a_layernorm.variance_epsilon = config.rms_norm_eps
+            if attention.indexer is not None:
+                attention.indexer.interleaved = model_type == "glm_moe_dsa"
+                attention.indexer.forward = types.MethodType(_indexer_forward, attention.indexer)
             if kv_cache_dtype == "fp8_ds_mla":
                 expand = attention.expand_kv
                 attention.expand_kv = lambda kv, rope_key, expand=expand: expand(*round_latent(kv, rope_key))

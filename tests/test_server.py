@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_waits_until_healthy_and_leaves_nothing_behind():
     assert waits
     assert group_members(server.pid) == []
     assert not port_is_open(port)
+
+
+def test_shared_memory_of_a_killed_server_is_freed():
+    port = free_port()
+    share = "from multiprocessing import shared_memory\nblock = shared_memory.SharedMemory(create=True, size=9)\n"
+    ignore = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(block.name, flush=True)\n"
+    with running([sys.executable, "-c", share + ignore + STUB, str(port)], port, timeout=30) as server:
+        block = Path("/dev/shm", server.log().split()[0])
+        assert block.exists()
+    assert not block.exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])

@@ -4,12 +4,15 @@ Nothing but the standard library is imported here: vLLM reads this module before
 tools read the version from it.
 """
 
+from collections.abc import Callable
+
 __version__ = "0.1.0"
 
 # vLLM's name of a model class -> ours, as text, so that registering loads neither. The names are vLLM's own because its
 # MTP mapping, tokenizer mode and CUDA-graph defaults hang on them.
 MODELS = {
     "DeepseekV32ForCausalLM": "vllm_dsa.models.deepseek_v32:DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM": "vllm_dsa.models.deepseek_v32:DeepseekV32ForCausalLM",
 }
 BACKEND_NAME = "DSA"
 BACKEND = "vllm_dsa.backend.DSABackend"
@@ -25,7 +28,7 @@ def register() -> None:
 
     logger = compat.init_logger("vllm.vllm_dsa")
     if envs.VLLM_DSA_DISABLE:
-        # vLLM calls variables that it does not know an error, this one too.
+        # Else --fail-on-environ-validation would refuse to start over this very variable.
         compat.environment_variables.update(envs.TABLE)
         _decline(logger.info_once, "VLLM_DSA_DISABLE=1 is set. Unset it to serve DSA models with vllm-dsa.")
         return
@@ -50,7 +53,7 @@ def register() -> None:
     logger.info_once("vllm-dsa %s serves %s.", __version__, ", ".join(MODELS))
 
 
-def _decline(log, reason: str) -> None:
+def _decline(log: Callable[[str, str], None], reason: str) -> None:
     from vllm_dsa import envs
 
     if envs.VLLM_DSA_REQUIRED:

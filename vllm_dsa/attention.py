@@ -39,9 +39,14 @@ class DSAAttention(nn.Module, AttentionLayerBase):
     """MLA with a lightning indexer; owns the layer's latent cache.
 
     Parameters carry the checkpoint's names, but for fused_qkv_a_proj (q_a_proj, kv_a_proj_with_mqa).
+
+    selection [max tokens, index_topk] int32 is shared by all layers: a layer with an indexer writes the step's
+    selection there, and one that shares (config.index_shared) has no indexer and reads what stands there.
     """
 
-    def __init__(self, config: DSAConfig, quant_config: Any, prefix: str) -> None:
+    def __init__(
+        self, config: DSAConfig, quant_config: Any, selection: torch.Tensor, shares_index: bool, prefix: str
+    ) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
         ranks = get_tensor_model_parallel_world_size()
@@ -89,7 +94,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.indexer = Indexer(config, quant_config, prefix=f"{prefix}.indexer")
+        self.selection = selection
+        self.indexer = None if shares_index else Indexer(config, quant_config, prefix=f"{prefix}.indexer")
         self.rope = Rope(_cos_sin(config, vllm_config.model_config.max_model_len), config.index_rope_interleaved)
         self.kernels = dispatch.choose(self._request(vllm_config))
         logger.info_once(self.kernels.summary)
@@ -139,9 +145,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         self.norms = Norms(
             latent_weight=self.kv_a_layernorm.weight.data,
             latent_eps=config.rms_norm_eps,
-            index_weight=self.indexer.k_norm.weight.data,
-            index_bias=self.indexer.k_norm.bias.data,
-            index_eps=self.indexer.k_norm.eps,
+            index_weight=None if self.indexer is None else self.indexer.k_norm.weight.data,
+            index_bias=None if self.indexer is None else self.indexer.k_norm.bias.data,
         )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -156,7 +161,9 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             .view(-1, self.heads, config.qk_head_dim)
             .split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         )
-        index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
+        index_query = head_weights = index_key = None
+        if self.indexer is not None:
+            index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
 
         query = hidden_states.new_empty(len(hidden_states), self.heads, config.latent_dim)
         query[..., : config.kv_lora_rank] = torch.bmm(nope_query.transpose(0, 1), self.w_uk).transpose(0, 1)
@@ -174,10 +181,10 @@ def _write_select_attend(
     positions: torch.Tensor,
     latent: torch.Tensor,
     rope_key: torch.Tensor,
-    index_key: torch.Tensor,
+    index_key: torch.Tensor | None,
     rope_query: torch.Tensor,
-    index_query: torch.Tensor,
-    head_weights: torch.Tensor,
+    index_query: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
     query: torch.Tensor,
     attended: torch.Tensor,
 ) -> None:
@@ -186,27 +193,22 @@ def _write_select_attend(
     if metadata is None:  # a profiling or warm-up run
         attended.zero_()
         return
-    n, kernels, rows = metadata.num_tokens, layer.kernels, metadata.rows
+    n, kernels, rows, rope = metadata.num_tokens, layer.kernels, metadata.rows, layer.rope
     attended[n:].zero_()
-    latent_pages, index_pages = layer.kv_cache.squeeze(1), layer.indexer.cache.pages
-    positions = positions[:n]
-    kernels.write_keys(
-        latent[:n],
-        rope_key[:n],
-        index_key[:n],
-        layer.norms,
-        layer.rope,
-        positions,
-        metadata.slots[:n],
-        latent_pages,
-        index_pages,
-    )
-    codes, weights = kernels.write_queries(
-        rope_query[:n], index_query[:n], head_weights[:n], layer.rope, positions, query[:n]
-    )
-    selected = torch.empty(n, layer.config.index_topk, dtype=torch.int32, device=query.device)
-    kernels.select(codes, weights, index_pages, rows, selected)
-    kernels.attend(query[:n], latent_pages, rows, selected, layer.config.softmax_scale, attended[:n])
+    positions, query, selected = positions[:n], query[:n], layer.selection[:n, : layer.config.index_topk]
+    latent_pages = layer.kv_cache.squeeze(1)
+    keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
+    if layer.indexer is None:
+        kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
+        kernels.write_queries(rope_query[:n], None, None, rope, positions, query)
+    else:
+        index_pages = layer.indexer.cache.pages
+        kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
+        codes, weights = kernels.write_queries(
+            rope_query[:n], index_query[:n], head_weights[:n], rope, positions, query
+        )
+        kernels.select(codes, weights, index_pages, rows, selected)
+    kernels.attend(query, latent_pages, rows, selected, layer.config.softmax_scale, attended[:n])
 
 
 def _cos_sin(config: DSAConfig, max_model_len: int) -> torch.Tensor:

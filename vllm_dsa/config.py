@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Indexer RoPE layout by model type. The published weights fix it; a config cannot change it.
-INDEX_ROPE_INTERLEAVED = {"deepseek_v32": False}
+INDEX_ROPE_INTERLEAVED = {"deepseek_v32": False, "glm_moe_dsa": True}
 
 _SIZES = (
     "hidden_size",
@@ -34,6 +34,7 @@ class DSAConfig:
     """Sizes and choices of one DSA model, names as in its config.json.
 
     index_rope_interleaved: layout of the indexer's RoPE (MLA's own is interleaved, always).
+    index_shared: of every layer, does it reuse the selection of the last layer before it that has an indexer?
     rope: rope type, theta and scaling, as one mapping with the key ``rope_type``.
     """
 
@@ -52,6 +53,7 @@ class DSAConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     index_rope_interleaved: bool
+    index_shared: tuple[bool, ...]
     rope: Mapping[str, Any]
 
     @property
@@ -90,6 +92,7 @@ class DSAConfig:
             rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
             max_position_embeddings=_positive_int(get, "max_position_embeddings"),
             index_rope_interleaved=INDEX_ROPE_INTERLEAVED[model_type],
+            index_shared=_index_shared(get, values["num_hidden_layers"]),
             rope=_rope(get),
             **values,
         )
@@ -134,6 +137,31 @@ def _positive_int(get: Any, key: str) -> int:
             f"Restore the published config.json or correct --hf-overrides."
         )
     return value
+
+
+def _index_shared(get: Any, layers: int) -> tuple[bool, ...]:
+    """Layer sharing as published in one of three ways, which must agree: a list of "full" and "shared", a pattern of F
+    and S, or one full layer in every index_topk_freq, counted from layer index_skip_topk_offset - 1."""
+    found: dict[str, tuple[bool, ...]] = {}
+    for key, full, shared in (("indexer_types", "full", "shared"), ("index_topk_pattern", "F", "S")):
+        kinds = get(key)
+        if kinds is None:
+            continue
+        if len(kinds) < layers or not set(kinds) <= {full, shared} or kinds[0] != full:
+            raise ConfigError(
+                f"{key}: {kinds!r} is refused: it must name {full!r} or {shared!r} for each of the {layers} layers, "
+                f"the first being {full!r}. Restore the published config.json."
+            )
+        found[key] = tuple(kind == shared for kind in kinds[:layers])
+    if get("index_topk_freq") is not None and "index_topk_pattern" not in found:
+        every, offset = _positive_int(get, "index_topk_freq"), get("index_skip_topk_offset", 2)
+        found["index_topk_freq"] = tuple(max(i - offset + 1, 0) % every != 0 for i in range(layers))
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"{' and '.join(found)} contradict each other on which layers share a selection. Restore the published "
+            f"config.json, or override both keys."
+        )
+    return next(iter(found.values()), (False,) * layers)
 
 
 def _rope(get: Any) -> dict[str, Any]:

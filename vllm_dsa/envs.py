@@ -2,7 +2,7 @@
 
 VLLM_DSA_DISABLE          0    1: leave vLLM as it is, as if this package were not installed
 VLLM_DSA_REQUIRED         0    1: an error at start where the package would otherwise decline with a warning
-VLLM_DSA_PROVIDER              vendor, triton, cpu or reference: the one provider of all kernels; unset: the first that can
+VLLM_DSA_PROVIDER              vendor, triton, cpu or reference: the provider of every kernel; unset: the first that can
 VLLM_DSA_SCORE_BUDGET_MB  256  MiB that the temporaries of one select may take; no result depends on it
 """
 

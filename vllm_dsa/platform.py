@@ -5,7 +5,7 @@ from typing import Any
 from vllm_dsa import cache, compat
 from vllm_dsa.config import ConfigError, DSAConfig
 
-ARCHITECTURES = ("DeepseekV32ForCausalLM",)
+ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 BLOCK_SIZE_MULTIPLE = 16
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
@@ -36,6 +36,7 @@ def _chained(previous: type) -> type:
 def check(vllm_config: Any) -> None:
     """Refuse, by key and value, what this package would not serve right; settle the cache dtype."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
     dtype = str(model_config.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
@@ -64,6 +65,19 @@ def check(vllm_config: Any) -> None:
             f"--block-size {block_size} is refused: pages hold a multiple of {BLOCK_SIZE_MULTIPLE} tokens. Pass "
             f"e.g. --block-size 64."
         )
+
+
+def _fill_routing(hf_config: Any) -> None:
+    """Every DSA model routes by sigmoid with a correction bias; a config saved by transformers leaves that out, and
+    vLLM would then take softmax without one."""
+    for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if getattr(hf_config, key, None) is None:
+            setattr(hf_config, key, value)
+        elif getattr(hf_config, key) != value:
+            raise ConfigError(
+                f"{key}: {getattr(hf_config, key)!r} is refused: DSA models route with {value!r}. Restore the "
+                f"published config.json."
+            )
 
 
 def enable_paged_features_on_cpu(vllm_config: Any) -> None:

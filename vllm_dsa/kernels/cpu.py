@@ -130,9 +130,7 @@ def attend(
     return lse
 
 
-def scores(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int
-) -> torch.Tensor:
+def scores(codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int) -> torch.Tensor:
     """Index scores [length] of one row, the very ones that select ranks."""
     length, pages = int(rows.lengths[row]), rows.block_table[int(rows.requests[row])]
     queries, weights = _index_queries(codes[row : row + 1], weights[row : row + 1])
@@ -275,9 +273,7 @@ def _row_view(latent_cache: torch.Tensor) -> torch.Tensor:
     return latent_cache.as_strided((last // step + 1, width), (step, 1))
 
 
-def _row_index(
-    latent_cache: torch.Tensor, rows: Rows, group: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def _row_index(latent_cache: torch.Tensor, rows: Rows, group: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Where ``_row_view`` has positions [b, n] int64 of the requests of rows ``group``."""
     page_stride, token_stride, _ = latent_cache.stride()
     step = math.gcd(page_stride, token_stride)

@@ -98,9 +98,7 @@ def choose(request: Request) -> Kernels:
                 chosen.setdefault(op, provider)
             for reason in reasons:
                 refused.setdefault(f"{provider.name}: {reason}", []).append(op)
-    against = "; ".join(
-        line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items()
-    )
+    against = "; ".join(line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items())
     if len(chosen) < len(OPS):
         missing = ", ".join(op for op in OPS if op not in chosen)
         step = "Unset VLLM_DSA_PROVIDER" if forced else "Set VLLM_DSA_PROVIDER=reference, which is slow"

@@ -15,7 +15,7 @@ def rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.T
 
     Pair i is (x[2i], x[2i+1]) interleaved, else (x[i], x[i+P/2]); it turns to (a cos - b sin, b cos + a sin).
     """
-    cos, sin = cos_sin.view(len(cos_sin), *[1] * (x.dim() - 2), -1).chunk(2, dim=-1)
+    cos, sin = cos_sin.view(len(cos_sin), *[1] * (x.dim() - 2), cos_sin.shape[-1]).chunk(2, dim=-1)
     x = x.float()
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2-Exp, V3.2, V3.2-Speciale and DeepSeekMath-V2: the decoder stack and the checkpoint's names.
+"""DeepSeek-V3.2-Exp, V3.2, V3.2-Speciale, DeepSeekMath-V2 and GLM-5.x: the decoder stack and the checkpoint's names.
 
 Everything but attention is vLLM's: embedding, norms, MLP, mixture of experts, head.
 """
@@ -30,7 +30,7 @@ from vllm_dsa.compat import (
     maybe_prefix,
     mtp_layer_of_weight,
 )
-from vllm_dsa.config import DSAConfig
+from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
 # (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
@@ -45,11 +45,13 @@ STACKED = (
 class DecoderLayer(nn.Module):
     """Norm, DSA attention, norm, and an MLP or (from first_k_dense_replace on) a mixture of experts."""
 
-    def __init__(self, vllm_config: Any, config: DSAConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: Any, config: DSAConfig, selection: torch.Tensor, prefix: str) -> None:
         super().__init__()
         hf_config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         index = int(prefix.rsplit(".", 1)[1])
-        self.self_attn = DSAAttention(config, quant_config, prefix=f"{prefix}.self_attn")
+        self.self_attn = DSAAttention(
+            config, quant_config, selection, config.index_shared[index], prefix=f"{prefix}.self_attn"
+        )
         if index >= hf_config.first_k_dense_replace and index % getattr(hf_config, "moe_layer_freq", 1) == 0:
             self.mlp = DeepseekV2MoE(
                 config=hf_config,
@@ -95,11 +97,19 @@ class DeepseekV32Model(nn.Module):
             if get_pp_group().is_first_rank
             else PPMissingLayer()
         )
+        selection = torch.empty(
+            vllm_config.scheduler_config.max_num_batched_tokens, config.index_topk, dtype=torch.int32
+        )
         self.start_layer, self.end_layer, self.layers = make_layers(
             hf_config.num_hidden_layers,
-            lambda prefix: DecoderLayer(vllm_config, config, prefix),
+            lambda prefix: DecoderLayer(vllm_config, config, selection, prefix),
             prefix=f"{prefix}.layers",
         )
+        if config.index_shared[self.start_layer]:
+            raise ConfigError(
+                f"pipeline stage starts at layer {self.start_layer}, which shares the selection of a layer on the "
+                f"stage before. Set VLLM_PP_LAYER_PARTITION so that each stage starts at a layer with an indexer."
+            )
         self.norm = (
             RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
             if get_pp_group().is_last_rank
@@ -126,7 +136,10 @@ class DeepseekV32Model(nn.Module):
 
 
 class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
-    """The model class that vLLM instantiates for architecture DeepseekV32ForCausalLM."""
+    """The model class that vLLM instantiates for DeepseekV32ForCausalLM and GlmMoeDsaForCausalLM.
+
+    The two families differ in facts that DSAConfig holds: sizes, the indexer's RoPE layout, layers that share.
+    """
 
     packed_modules_mapping = {
         "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
@@ -136,6 +149,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
+        self.index_shared = DSAConfig.from_hf(self.config).index_shared
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
         self.model = DeepseekV32Model(vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -176,8 +190,10 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         return expert_params_mapping(self, self.config.n_routed_experts)
 
     def _is_skipped(self, name: str) -> bool:
-        """Is this tensor none of ours: a stored rotary table, or the MTP draft's layer?"""
-        return "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None
+        """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""
+        if "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None:
+            return True
+        return ".indexer." in name and self.index_shared[int(name.split(".layers.")[1].split(".")[0])]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a published checkpoint's tensors; returns the names of the parameters that were set."""
