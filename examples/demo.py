@@ -3,8 +3,9 @@
     python examples/demo.py [--tokens 3000]     exit status 0 if the answer is right
     python examples/demo.py --stock             the same with the plugin switched off: what stock vLLM says
 
-The checkpoint is the planted one of tiny_checkpoint.py: it answers from 16 facts among thousands of filler words, and
-only if the sparse attention finds exactly those. The server uses a free port and is gone when this program ends.
+The checkpoint is the planted one of tiny_checkpoint.py, in block-scaled FP8 as DeepSeek publishes it. It answers from
+16 facts among thousands of filler words, and only if the sparse attention finds exactly those. The server uses a free
+port and is gone when this program ends.
 """
 
 import argparse
@@ -62,9 +63,10 @@ def show(label: str, text: str) -> None:
 def write_checkpoint() -> None:
     """Write the planted checkpoint, unless it stands there since the generator last changed."""
     generator, written = Path(__file__).with_name("tiny_checkpoint.py"), CHECKPOINT / "written.txt"
-    if not written.exists() or written.stat().st_mtime < generator.stat().st_mtime:
+    sources = (generator, generator.with_name("checkpoint_files.py"), Path(__file__))
+    if not written.exists() or written.stat().st_mtime < max(file.stat().st_mtime for file in sources):
         show("checkpoint", "writing it, and checking its answers with transformers ...")
-        command = [sys.executable, str(generator), "planted", str(CHECKPOINT)]
+        command = [sys.executable, str(generator), "planted", str(CHECKPOINT), "--fp8"]
         env = {**os.environ, "TQDM_DISABLE": "1"}
         result = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         written.write_text(result.stdout.splitlines()[-1])

@@ -1,7 +1,7 @@
 """Write tiny checkpoints in the published DeepSeek-V3.2 format: `planted` (right answers known) or `random`.
 
-    python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16]
-    python examples/tiny_checkpoint.py random OUT_DIR [--seed 7] [--config '{"num_attention_heads": 6}']
+    python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16] [--fp8]
+    python examples/tiny_checkpoint.py random OUT_DIR [--fp8] [--seed 7] [--config '{"num_attention_heads": 6}']
 
 The planted model has weights set by formula, not trained. Its prompt is a long text of filler words, in which
 facts are planted as single tokens such as `red=lion`, each fact index_topk (16) times, and then a question
@@ -42,8 +42,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkpoint_files as files
 import torch
-from safetensors.torch import save_file
+from checkpoint_files import DTYPES, Tensors, load_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -63,9 +64,7 @@ FILLERS = tuple(_TEXT.split())
 MIN_MARGIN = 3.0  # nats between the two best log-probabilities
 YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
 YARN |= {"original_max_position_embeddings": 4096, "type": "yarn"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Config = dict[str, Any]
-Tensors = dict[str, torch.Tensor]
 
 # Dims of the planted model's features, and the config keys that its construction fixes.
 CODE, ASK, FETCHED = slice(0, 8), slice(8, 16), slice(16, 24)
@@ -382,15 +381,26 @@ def _set_retrieve(w: Tensors, config: Config) -> None:
     w["indexer.weights_proj.weight"][1::2, CONST] = -1 / AMPLITUDE
 
 
-def write_random(path: str | Path, *, seed: int = 0, dtype: str = "float32", **config_overrides: Any) -> Config:
-    """Write a random checkpoint and return its config. `rope_scaling=None` leaves YaRN out."""
+def write_random(
+    path: str | Path, *, seed: int = 0, dtype: str = "float32", fp8: bool = False, **config_overrides: Any
+) -> Config:
+    """Write a random checkpoint and return its config. `rope_scaling=None` leaves YaRN out; scales are any float32."""
     config = make_config(dtype, **config_overrides)
-    _write(Path(path), config, random_tensors(config, seed), max_length=config["max_position_embeddings"])
+    tensors = random_tensors(config, seed)
+    if fp8:
+        config["quantization_config"], tensors = files.QUANTIZATION, files.to_fp8(tensors, seed)
+    _write(Path(path), config, tensors, max_length=config["max_position_embeddings"])
     return config
 
 
 def write_planted(
-    path: str | Path, *, seed: int = 0, dtype: str = "float32", check: bool = True, **config_overrides: Any
+    path: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    fp8: bool = False,
+    check: bool = True,
+    **config_overrides: Any,
 ) -> float:
     """Write the planted checkpoint and return `check_planted`'s margin (NaN if not `check`)."""
     config = make_config(dtype, **PLANTED | config_overrides)
@@ -400,7 +410,10 @@ def write_planted(
     for key, least in (("hidden_size", 96), ("v_head_dim", len(VALUES)), ("index_n_heads", 2)):
         if config[key] < least:
             raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: at least {least}")
-    _write(Path(path), config, planted_tensors(config, seed), max_length=16384)
+    tensors = planted_tensors(config, seed)
+    if fp8:
+        config["quantization_config"], tensors = files.QUANTIZATION, files.to_fp8(tensors, None)
+    _write(Path(path), config, tensors, max_length=16384)
     return check_planted(path) if check else math.nan
 
 
@@ -409,38 +422,16 @@ def _write(path: Path, config: Config, tensors: Tensors, max_length: int) -> Non
         tensors[f"model.layers.{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors[f"model.layers.{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     for name in tensors:
-        if not name.endswith("e_score_correction_bias"):  # float32 in every checkpoint
+        # float32 in every checkpoint, like the scales of FP8
+        if tensors[name].dtype == torch.float32 and not name.endswith(("e_score_correction_bias", files.SCALE)):
             tensors[name] = tensors[name].to(DTYPES[config["torch_dtype"]])
-    path.mkdir(parents=True, exist_ok=True)
-    names, shard_of = list(tensors), {}
-    for i, shard in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in shard}, path / file, metadata={"format": "pt"})
-        shard_of |= dict.fromkeys(shard, file)
+    files.write(path, config, tensors)
     build_tokenizer().save(str(path / "tokenizer.json"))
-    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     tokenizer = {"model_max_length": max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
     tokenizer |= {"add_bos_token": True, "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    files = {
-        "model.safetensors.index.json": {"metadata": size, "weight_map": shard_of},
-        "config.json": config,
-        "generation_config.json": {"bos_token_id": 0, "do_sample": False, "eos_token_id": 1},
-        "tokenizer_config.json": tokenizer,
-    }
-    for name, content in files.items():
-        (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_model(path: str | Path, dtype: str = "float32") -> Any:
-    """transformers' DeepseekV32ForCausalLM, eager attention: an implementation that is not this project's."""
-    from transformers import DeepseekV32ForCausalLM
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports the MTP layer's tensors, which it does not use
-    model = DeepseekV32ForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="eager")
-    logging.set_verbosity(verbosity)
-    return model.eval()
+    files.write_json(path / "tokenizer_config.json", tokenizer)
+    generation = {"bos_token_id": 0, "do_sample": False, "eos_token_id": 1}
+    files.write_json(path / "generation_config.json", generation)
 
 
 @torch.no_grad()
@@ -485,10 +476,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--fp8", action="store_true", help="block-scaled FP8 weights, as published")
     parser.add_argument("--config", type=json.loads, default={}, help="config values, a JSON object")
     args = parser.parse_args(argv)
     write = write_planted if args.kind == "planted" else write_random
-    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, **args.config)
+    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, fp8=args.fp8, **args.config)
     for file in sorted(args.out_dir.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
     if args.kind == "planted":

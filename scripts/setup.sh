@@ -15,12 +15,12 @@ torch=torch==2.13.0+cpu
 say() { printf 'setup: %s\n' "$*"; }
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-  say "PYTHON=$python is $("$python" -V 2>&1 || true); vllm-dsa needs Python 3.11 or newer. Try: make setup PYTHON=python3.11" >&2
+  say "PYTHON=$python is $("$python" -V 2>&1 || true); Python 3.11 or newer is needed." >&2
+  say "Name one: make setup PYTHON=python3.11" >&2
   exit 1
 fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-
 has() { pip show -q "$1" 2>/dev/null; }
 
 extras=cpu,test,dev
@@ -51,5 +51,9 @@ for package in torchvision torchaudio torchcodec; do
 done
 
 "$venv/bin/python" scripts/name_vllm.py
-# The command that everything else starts, without our plugin: an error in it is not one of the set-up.
-say "done: vllm $(VLLM_PLUGINS='' "$venv/bin/vllm" --version 2>/dev/null | tail -n 1)"
+# The command that everything else starts; without our plugin, whose errors are not the set-up's.
+if ! version=$(VLLM_PLUGINS='' "$venv/bin/vllm" --version 2>/dev/null | tail -n 1); then
+  say "the vllm command does not start. See what $venv/bin/vllm --version says." >&2
+  exit 1
+fi
+say "done: vllm $version"

@@ -1,11 +1,12 @@
 """What register() changes in vLLM, what it leaves alone, and when it declines. Told by one fresh process."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+
+from vllm_dsa.testing.server import initial_environment
 
 STORY = """
 import json, logging, os, sys
@@ -68,7 +69,7 @@ sys.stdout.write("STORY" + json.dumps(chapters))
 
 @pytest.fixture(scope="module")
 def story():
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("VLLM_DSA_")}
+    clean = {key: value for key, value in initial_environment().items() if not key.startswith("VLLM_DSA_")}
     result = subprocess.run([sys.executable, "-c", STORY], env=clean, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.partition("STORY")[2])

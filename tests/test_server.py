@@ -1,5 +1,6 @@
 """The launcher behind every test and demo that starts a server: it waits, it explains, it leaves nothing behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,12 +83,13 @@ def test_timeout_is_reported_and_the_process_ended():
     assert group_members(int(str(caught.value).splitlines()[-1])) == []
 
 
-def test_environment_reaches_the_server(tmp_path):
-    command = [sys.executable, "-c", "import os; print(os.environ['VLLM_DSA_DISABLE'])"]
-    env, log = {"VLLM_DSA_DISABLE": "1"}, tmp_path / "log"
+def test_the_server_gets_env_but_not_what_an_engine_left_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_DIST_IDENT", "left by an engine")
+    script = "import os; print(os.environ.get('VLLM_DIST_IDENT'), os.environ['GIVEN'], os.environ['PATH'])"
+    command, env, log = [sys.executable, "-c", script], {"GIVEN": "a=b"}, tmp_path / "log"
     with pytest.raises(ServerError, match="status 0"), running(command, free_port(), env=env, log_path=log):
         pytest.fail("entered")
-    assert log.read_text() == "1\n"
+    assert log.read_text() == f"None a=b {os.environ['PATH']}\n"
 
 
 def test_a_killed_demo_ends_its_server(tmp_path):

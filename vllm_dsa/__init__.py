@@ -47,9 +47,10 @@ def register() -> None:
     member = compat.AttentionBackendEnum.__members__.get(BACKEND_NAME, BACKEND_NAME)
     compat.register_backend(member, BACKEND)
 
-    from vllm_dsa import platform
+    from vllm_dsa import platform, quant
 
     platform.install()
+    quant.register()
     logger.info_once("vllm-dsa %s serves %s.", __version__, ", ".join(MODELS))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_dsa import cache, envs
+from vllm_dsa import cache
 from vllm_dsa.backend import DSABackend, DSAMetadata
 from vllm_dsa.compat import (
     AttentionLayerBase,
@@ -165,8 +165,9 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         if self.indexer is not None:
             index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
 
-        query = hidden_states.new_empty(len(hidden_states), self.heads, config.latent_dim)
-        query[..., : config.kv_lora_rank] = torch.bmm(nope_query.transpose(0, 1), self.w_uk).transpose(0, 1)
+        query = hidden_states.new_empty(len(hidden_states), self.kernels.query_heads, config.latent_dim)
+        absorbed = query[:, : self.heads, : config.kv_lora_rank]  # the rest is write_queries'
+        torch.bmm(nope_query.transpose(0, 1), self.w_uk, out=absorbed.transpose(0, 1))
         attended = hidden_states.new_empty(len(hidden_states), self.heads, config.kv_lora_rank)
         _write_select_attend(
             self, positions, latent, rope_key, index_key, rope_query, index_query, head_weights, query, attended
@@ -196,16 +197,17 @@ def _write_select_attend(
     n, kernels, rows, rope = metadata.num_tokens, layer.kernels, metadata.rows, layer.rope
     attended[n:].zero_()
     positions, query, selected = positions[:n], query[:n], layer.selection[:n, : layer.config.index_topk]
+    own_heads = query[:, : layer.heads]
     latent_pages = layer.kv_cache.squeeze(1)
     keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
     if layer.indexer is None:
         kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
-        kernels.write_queries(rope_query[:n], None, None, rope, positions, query)
+        kernels.write_queries(rope_query[:n], None, None, rope, positions, own_heads)
     else:
         index_pages = layer.indexer.cache.pages
         kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
         codes, weights = kernels.write_queries(
-            rope_query[:n], index_query[:n], head_weights[:n], rope, positions, query
+            rope_query[:n], index_query[:n], head_weights[:n], rope, positions, own_heads
         )
         kernels.select(codes, weights, index_pages, rows, selected)
     kernels.attend(query, latent_pages, rows, selected, layer.config.softmax_scale, attended[:n])

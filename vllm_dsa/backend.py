@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.compat import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
-from vllm_dsa.metadata import Rows, build_rows
+from vllm_dsa.compat import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    MultipleOf,
+    current_platform,
+)
+from vllm_dsa.metadata import DeviceRows, Rows, build_rows
 
 BLOCK_SIZE_MULTIPLE = 16
+GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 
 
 @dataclass(frozen=True)
@@ -28,21 +35,38 @@ class DSAMetadata:
 class DSABuilder(AttentionMetadataBuilder[DSAMetadata]):
     """Builds a step's rows from vLLM's lengths and block table."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # A batch of 1 + num_speculative_tokens rows a request is one full graph; one builder without support would turn
+    # every graph off.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(None)
+        if device.type == "cpu":
+            self._init_reorder_batch_threshold(None)
+            self.device_rows = None
+        else:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            self.device_rows = DeviceRows(vllm_config.scheduler_config.max_num_batched_tokens, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> DSAMetadata:
-        common = common_attn_metadata
-        rows = build_rows(
-            query_starts=common.query_start_loc_cpu[: common.num_reqs + 1],
-            seq_lens=common.seq_lens[: common.num_reqs].cpu(),
-            block_table=common.block_table_tensor,
+        common, requests = common_attn_metadata, common_attn_metadata.num_reqs
+        facts = dict(
+            block_table=common.block_table_tensor[:requests],
             block_size=self.kv_cache_spec.block_size,
             num_tokens=common.num_actual_tokens,
         )
+        host_starts = common.query_start_loc_cpu[: requests + 1]
+        if self.device_rows is None:
+            rows = build_rows(query_starts=host_starts, seq_lens=common.seq_lens[:requests], **facts)
+        else:
+            rows = self.device_rows.build(
+                query_starts=common.query_start_loc[: requests + 1],
+                seq_lens=common.seq_lens[:requests],
+                host_starts=host_starts.tolist(),
+                host_ends=common.seq_lens_cpu_upper_bound[:requests].tolist(),
+                decode_rows=self.reorder_batch_threshold,
+                **facts,
+            )
         return DSAMetadata(rows=rows, slots=common.slot_mapping, num_tokens=common.num_actual_tokens)
 
 
@@ -69,6 +93,10 @@ class DSABackend(AttentionBackend):
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return default_block_size if current_platform.is_cpu() else GPU_BLOCK_SIZE
+
+    @classmethod
     def is_mla(cls) -> bool:
         return True
 
@@ -88,7 +116,7 @@ class IndexCacheBuilder(AttentionMetadataBuilder[None]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(None)
+        self._init_reorder_batch_threshold(None)  # no vote on the order of the batch
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> None:
         return None

@@ -107,3 +107,100 @@ def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, 
         ckpt_up_proj_name="up_proj",
         num_experts=num_experts,
     )
+
+
+# The vendor libraries: an own install that has the DSA entry points, else the copies inside vLLM.
+
+
+def vendor_refusals() -> list[str]:
+    """Why FlashMLA or DeepGEMM cannot be used here; empty if both can."""
+    from vllm.utils.deep_gemm import is_deep_gemm_supported
+    from vllm.v1.attention.ops.flashmla import is_flashmla_sparse_supported
+
+    reasons = []
+    supported, reason = is_flashmla_sparse_supported()
+    if not supported:
+        reasons.append(f"FlashMLA: {reason}")
+    if not is_deep_gemm_supported():
+        reasons.append("DeepGEMM: the installed vLLM has no copy of it for this GPU")
+    return reasons
+
+
+def mqa_logits(
+    codes: Any, keys: Any, scales: Any, weights: Any, starts: Any, ends: Any, longest: int
+) -> tuple[Any, Any]:
+    """DeepGEMM scores [rows, n] of gathered keys [starts, ends) of each row, and the column each row starts at.
+
+    vLLM 0.33 returns rows shifted to column 0 (None is returned for the columns), 0.32 leaves them in place.
+    """
+    from vllm.utils import deep_gemm
+
+    arguments = ((codes, None), (keys, scales), weights, starts, ends)
+    if vllm_version().startswith("0.32."):
+        return deep_gemm.fp8_fp4_mqa_logits(*arguments, clean_logits=False), starts
+    return deep_gemm.fp8_fp4_mqa_logits(*arguments, longest), None
+
+
+def paged_mqa_schedule(lengths: Any, block_size: int) -> Any:
+    """DeepGEMM's work schedule of rows of lengths [rows, 1] int32."""
+    from vllm.utils.deep_gemm import get_paged_mqa_logits_metadata
+    from vllm.utils.platform_utils import num_compute_units
+
+    return get_paged_mqa_logits_metadata(lengths, block_size, num_compute_units(lengths.device.index))
+
+
+def paged_mqa_logits(codes: Any, pages: Any, weights: Any, lengths: Any, table: Any, schedule: Any, width: int) -> Any:
+    """DeepGEMM scores [rows, width] of codes [rows, 1, H, D] against pages [n, block, 1, D + 4] of each row's table."""
+    from vllm.utils.deep_gemm import fp8_fp4_paged_mqa_logits
+
+    extra = {"clean_logits": False} if vllm_version().startswith("0.32.") else {}
+    return fp8_fp4_paged_mqa_logits((codes, None), pages, weights, lengths, table, schedule, width, **extra)
+
+
+def gather_index_keys(pages: Any, keys: Any, scales: Any, table: Any, starts: Any) -> None:
+    """Index keys of requests [table] into keys [n, D] e4m3 and scales [n, 1] float32, request i at starts[i]."""
+    import torch
+    from vllm import _custom_ops
+
+    _custom_ops.cp_gather_indexer_k_quant_cache(pages, keys, scales.view(torch.uint8), table, starts)
+
+
+def gather_latents(pages: Any, latents: Any, table: Any, starts: Any, requests: int) -> None:
+    """fp8_ds_mla latents of requests [table] widened into latents [n, 576] bfloat16, request i at starts[i]."""
+    from vllm import _custom_ops
+
+    _custom_ops.cp_gather_and_upconvert_fp8_kv_cache(pages, latents, table, starts, requests)
+
+
+def flash_mla_schedule() -> Any:
+    """An empty work schedule of FlashMLA's decode kernel; the first call that is given it fills it."""
+    from vllm.v1.attention.ops.flashmla import get_mla_metadata
+
+    return get_mla_metadata()[0]
+
+
+def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule: Any) -> tuple[Any, Any]:
+    """Values [rows, 1, N, 512] and log-sum-exp [rows, N, 1] of query [rows, 1, N, 576] over fp8_ds_mla slots."""
+    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache
+
+    return flash_mla_with_kvcache(
+        q=query,
+        k_cache=pages,
+        block_table=None,
+        cache_seqlens=None,
+        head_dim_v=512,
+        tile_scheduler_metadata=schedule,
+        num_splits=None,
+        softmax_scale=scale,
+        causal=False,
+        is_fp8_kvcache=True,
+        indices=slots,
+    )
+
+
+def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: Any) -> tuple[Any, Any]:
+    """Values [rows, N, 512] and natural log-sum-exp [rows, N] of query [rows, N, 576] over latents [n, 1, 576]."""
+    from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd
+
+    values, _, lse = flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid)
+    return values, lse

@@ -73,7 +73,11 @@ class DSAConfig:
     @classmethod
     def from_hf(cls, hf_config: Any) -> "DSAConfig":
         """Read an HF config object, or config.json as a mapping. Raises ConfigError."""
-        get = hf_config.get if isinstance(hf_config, Mapping) else lambda key, default=None: getattr(hf_config, key, default)
+        get = (
+            hf_config.get
+            if isinstance(hf_config, Mapping)
+            else lambda key, default=None: getattr(hf_config, key, default)
+        )
         model_type = get("model_type")
         if model_type not in INDEX_ROPE_INTERLEAVED:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """What one step asks of the kernels: pure functions from lengths and block tables to rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ class Rows:
     block_size: tokens a page
     starts: host ints, requests + 1: rows starts[i]:starts[i + 1] are request i's, in ascending position
     ends: host ints, one a request: length of its last row, so request i needs no key at or past ends[i]
+    decodes: host int: the first so many rows are of requests that bring few rows each (decode, draft verification)
+    step: where a provider keeps what it derives once a step for all layers
     """
 
     requests: torch.Tensor
@@ -23,6 +26,8 @@ class Rows:
     block_size: int
     starts: tuple[int, ...]
     ends: tuple[int, ...]
+    decodes: int = 0
+    step: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 def build_rows(
@@ -51,6 +56,58 @@ def build_rows(
         starts=tuple(starts),
         ends=tuple(ends),
     )
+
+
+def count_decodes(starts: list[int], longest: int) -> int:
+    """Rows of the leading requests that bring at most ``longest`` rows each; starts as in Rows."""
+    for first, last in zip(starts, starts[1:], strict=False):
+        if last - first > longest:
+            return first
+    return starts[-1]
+
+
+class DeviceRows:
+    """Rows of steps on a GPU: always in the same buffers, so that a CUDA graph can be replayed on the next step.
+
+    The device's lengths are exact; the host's may exceed them under asynchronous speculation, and only bound.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self.tokens = torch.arange(max_tokens, dtype=torch.int32, device=device)
+        self.requests = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+
+    def build(
+        self,
+        query_starts: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        num_tokens: int,
+        host_starts: list[int],
+        host_ends: list[int],
+        decode_rows: int,
+    ) -> Rows:
+        """query_starts [requests + 1] and seq_lens [requests] int32 on the device; requests that pad a graph have no
+        rows or a length of 0. host_starts and host_ends: the same as host ints. decode_rows: most rows of a request
+        that counts as decoding."""
+        tokens, requests = self.tokens[:num_tokens], self.requests[:num_tokens]
+        torch.searchsorted(query_starts[1:], tokens, right=True, out_int32=True, out=requests)
+        requests.clamp_(max=len(seq_lens) - 1)
+        request = requests.long()
+        lengths = seq_lens[request] - query_starts[1:][request] + tokens + 1
+        lengths.masked_fill_(tokens >= query_starts[-1], 0)
+        torch.clamp(lengths, min=0, out=self.lengths[:num_tokens])
+        decodes = count_decodes(host_starts, decode_rows)
+        return Rows(
+            requests=requests,
+            lengths=self.lengths[:num_tokens],
+            block_table=block_table,
+            block_size=block_size,
+            starts=tuple(host_starts),
+            ends=tuple(host_ends),
+            decodes=num_tokens if decodes == host_starts[-1] else decodes,
+        )
 
 
 def tokens_to_slots(positions: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Tensor:

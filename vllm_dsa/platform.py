@@ -1,25 +1,31 @@
 """What we adjust in vLLM's config before the engine starts, and what we refuse there. Chained to what stood before."""
 
+from pathlib import Path
 from typing import Any
 
-from vllm_dsa import cache, compat
+from vllm_dsa import cache, checkpoint, compat
 from vllm_dsa.config import ConfigError, DSAConfig
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+# Their weights have no indexer, and vLLM drops tensors of one without a word.
+DENSE_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
+# --load-format values that read the published files.
+PUBLISHED_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 BLOCK_SIZE_MULTIPLE = 16
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
 
 
 def install() -> None:
-    """Put our config hook before the one that vLLM has for each architecture. Idempotent."""
-    for architecture in ARCHITECTURES:
+    """Put our config hooks before those that vLLM has for each architecture. Idempotent."""
+    hooks = {**dict.fromkeys(ARCHITECTURES, _served), **dict.fromkeys(DENSE_ARCHITECTURES, _dense)}
+    for architecture, chained in hooks.items():
         previous = compat.MODELS_CONFIG_MAP.get(architecture, compat.VerifyAndUpdateConfig)
         if not getattr(previous, "vllm_dsa_hook", False):
-            compat.MODELS_CONFIG_MAP[architecture] = _chained(previous)
+            compat.MODELS_CONFIG_MAP[architecture] = chained(previous)
 
 
-def _chained(previous: type) -> type:
+def _served(previous: type) -> type:
     class DSAModelConfig(previous):  # type: ignore[misc,valid-type]
         vllm_dsa_hook = True
 
@@ -31,6 +37,22 @@ def _chained(previous: type) -> type:
                 enable_paged_features_on_cpu(vllm_config)
 
     return DSAModelConfig
+
+
+def _dense(previous: type) -> type:
+    class DenseModelConfig(previous):  # type: ignore[misc,valid-type]
+        vllm_dsa_hook = True
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            # With index_topk in the config vLLM does build an indexer.
+            if (folder := _published_folder(vllm_config)) and not hasattr(
+                vllm_config.model_config.hf_config, "index_topk"
+            ):
+                checkpoint.refuse_indexer(folder)
+            previous.verify_and_update_config(vllm_config)
+
+    return DenseModelConfig
 
 
 def check(vllm_config: Any) -> None:
@@ -65,6 +87,15 @@ def check(vllm_config: Any) -> None:
             f"--block-size {block_size} is refused: pages hold a multiple of {BLOCK_SIZE_MULTIPLE} tokens. Pass "
             f"e.g. --block-size 64."
         )
+    if folder := _published_folder(vllm_config):
+        checkpoint.check(folder, model_config.hf_config)
+
+
+def _published_folder(vllm_config: Any) -> Path | None:
+    """The local folder that the weights will be loaded from in their published format, if they will be."""
+    folder = Path(vllm_config.model_config.model)
+    local = folder.is_dir() and not vllm_config.model_config.model_weights
+    return folder if local and vllm_config.load_config.load_format in PUBLISHED_FORMATS else None
 
 
 def _fill_routing(hf_config: Any) -> None:

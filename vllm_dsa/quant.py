@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.config import INDEX_ROPE_INTERLEAVED
+from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError
+from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 METHOD = "dsa_fp8_dequantised"
-SCALE_SUFFIX = "_scale_inv"
 BLOCK = 128
 
 
@@ -37,7 +37,7 @@ class DequantisedFp8Config(compat.QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "DequantisedFp8Config":
         if config["weight_block_size"] != [BLOCK, BLOCK]:
-            raise ValueError(
+            raise ConfigError(
                 f"quantization_config.weight_block_size: {config['weight_block_size']} is refused: FP8 weights of DSA "
                 f"models are scaled in blocks of [{BLOCK}, {BLOCK}]. Restore the published config.json."
             )
@@ -79,7 +79,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
     rows, columns = weight.shape
     expected = (-(-rows // BLOCK), -(-columns // BLOCK))
     if tuple(scale.shape) != expected:
-        raise ValueError(
+        raise CheckpointError(
             f"{name}{SCALE_SUFFIX}: shape {tuple(scale.shape)} does not fit weight {tuple(weight.shape)}, which has "
             f"{expected} blocks of {BLOCK}x{BLOCK}. The checkpoint is damaged: download it again."
         )
@@ -93,7 +93,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
 def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass tensors on under their names, each e4m3 weight dequantised once its scale has come, in whatever order.
 
-    Raises ValueError for a weight or scale that stays alone.
+    Raises CheckpointError for a weight or scale that stays alone.
     """
     waiting: dict[str, torch.Tensor] = {}
     for name, tensor in weights:
@@ -112,7 +112,7 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype)
     if waiting:
         name = sorted(waiting)[0]
         missing = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
-        raise ValueError(
+        raise CheckpointError(
             f"checkpoint tensor {name!r} has no partner {missing!r} ({len(waiting)} such tensors): an FP8 weight and "
             f"its scales belong together. The checkpoint is incomplete: download it again."
         )

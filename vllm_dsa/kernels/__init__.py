@@ -27,7 +27,8 @@ select: score the index-key cache, return the top-k positions of every row
 
 attend: gather the selected latent rows and attend to them
     attend(query, latent_cache, rows, selected, scale, out) -> lse
-        query [T, N, R + P], selected [T, K] int32 as select returns it, out [T, N, R] model dtype.
+        query [T, N, R + P], selected [T, K] int32 as select returns it, out [T, N, R] model dtype. Where a provider
+        defines query_heads(request), query has that many heads: the N of out, then some that hold anything.
         softmax(scale * query . [latent ‖ rope key]) over the selected positions, times the latents. Returns the
         natural log-sum-exp [T, N] float32. A row that selects nothing gives 0 and -inf.
 

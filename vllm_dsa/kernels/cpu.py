@@ -18,9 +18,12 @@ from vllm_dsa.metadata import Rows
 
 KEY_TILE = 512  # keys a GEMM of select
 ATTEND_CHUNK = 256  # selected latents a GEMM of attend
-LOGIT_BYTES = 2 << 20  # index logits at a time: about a second-level cache
-LATENT_BYTES = 5 << 20  # gathered latents at a time: more rows cost cache, fewer cost calls
-WRITE_ROWS = 64
+
+# How much at a time, which no result depends on: more costs cache misses, less costs calls.
+LOGIT_BYTES = 4 << 20  # index logits
+KEY_BLOCK = 8 * KEY_TILE  # converted index keys
+LATENT_BYTES = 10 << 20  # gathered latents
+WRITE_ROWS = 64  # index queries
 
 _LOWEST = torch.iinfo(torch.int64).min
 _LOW_WORD = 0x7FFFFFFF
@@ -87,7 +90,7 @@ def select(
     budget = envs.VLLM_DSA_SCORE_BUDGET_MB << 20
     top_k = out.shape[1]
     positions = torch.arange(top_k, dtype=torch.int32)
-    out.copy_(torch.where(positions < rows.lengths.unsqueeze(1), positions, -1))
+    out.copy_(positions).masked_fill_(positions >= rows.lengths.unsqueeze(1), -1)
     lengths = rows.lengths.tolist()
     for request, last in enumerate(rows.starts[1:]):
         # Rows of at most top_k keys are done: they select them all.
@@ -195,13 +198,14 @@ def _scores(queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, ou
     b, tiles = len(queries), len(keys)
     out = out.unflatten(1, (tiles, KEY_TILE))
     keys = keys.transpose(1, 2)  # [t, D, KEY_TILE]
+    dots = torch.empty(max(b, tiles), queries.shape[1], KEY_TILE)
     if b >= tiles:
         for tile in range(tiles):
-            dots = torch.bmm(queries, keys[tile].expand(b, -1, -1)).relu_()
+            torch.bmm(queries, keys[tile].expand(b, -1, -1), out=dots).relu_()
             out[:, tile] = torch.bmm(weights, dots).squeeze(1)
     else:
         for row in range(b):
-            dots = torch.bmm(queries[row].expand(tiles, -1, -1), keys).relu_()
+            torch.bmm(queries[row].expand(tiles, -1, -1), keys, out=dots).relu_()
             out[row] = torch.bmm(weights[row].expand(tiles, -1, -1), dots).squeeze(1)
 
 
@@ -230,19 +234,18 @@ def _select_long(
     """Select for rows of one request, ascending, that all have more than top_k keys.
 
     Rows go in tiles, keys in blocks, scores in segments of blocks; what one segment leaves is merged with the next
-    one's. A key takes 8 bytes a dim while it is converted, a ranked score 28.
+    one's. Each takes a quarter of the budget: a key 8 bytes a dim while it is converted, a ranked score 28.
     """
-    (heads, dim), top_k, end = codes.shape[1:], out.shape[1], int(lengths[-1])
-    logit_bytes = heads * KEY_TILE * 4  # of one row and one tile of keys
-    row_tile = max(1, min(LOGIT_BYTES, budget // 4) // logit_bytes)
-    block = KEY_TILE * max(1, min(LOGIT_BYTES // logit_bytes, budget // 4 // (KEY_TILE * dim * 8)))
-    segment = block * max(1, budget // 4 // (28 * row_tile * block))
+    (heads, dim), top_k, end, part = codes.shape[1:], out.shape[1], int(lengths[-1]), budget // 4
+    block = KEY_TILE * max(1, min(KEY_BLOCK, part // (8 * dim)) // KEY_TILE)
+    row_tile = max(1, min(min(LOGIT_BYTES, part) // (heads * KEY_TILE * 4), part // (28 * block)))
+    segment = block * max(1, part // (28 * row_tile * block))
 
     def load(first: int) -> tuple[torch.Tensor, torch.Tensor]:
         return _index_keys(index_cache, pages, dim, first, min(first + block, end))
 
     held = None  # keys that several row tiles share
-    if len(codes) > row_tile and end * dim * 4 <= budget // 4:
+    if len(codes) > row_tile and 4 * dim * end <= part:
         held = {first: load(first) for first in range(0, end, block)}
     for first_row in range(0, len(codes), row_tile):
         tile = slice(first_row, first_row + row_tile)

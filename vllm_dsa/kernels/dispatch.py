@@ -65,6 +65,7 @@ class Kernels:
     write_queries: Callable
     select: Callable
     attend: Callable
+    query_heads: int  # heads to allocate attend's query with, at least num_heads
     providers: dict[str, str]  # operation -> provider
     summary: str
 
@@ -110,5 +111,7 @@ def choose(request: Request) -> Kernels:
         function: getattr(import_module(chosen[op].modules[op]), function) for op in OPS for function in FUNCTIONS[op]
     }
     providers = {op: chosen[op].name for op in OPS}
+    pad = getattr(import_module(chosen["attend"].modules["attend"]), "query_heads", None)
+    query_heads = pad(request) if pad else request.num_heads
     served = ", ".join(f"{op}: {name}" for op, name in providers.items())
-    return Kernels(**functions, providers=providers, summary=f"{served} (refused: {against or 'none'})")
+    return Kernels(**functions, query_heads=query_heads, providers=providers, summary=f"{served} (refused: {against or 'none'})")

@@ -30,6 +30,7 @@ from vllm_dsa.compat import (
     maybe_prefix,
     mtp_layer_of_weight,
 )
+from vllm_dsa.checkpoint import CheckpointError, inspected, wanted
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
@@ -111,9 +112,7 @@ class DeepseekV32Model(nn.Module):
                 f"stage before. Set VLLM_PP_LAYER_PARTITION so that each stage starts at a layer with an indexer."
             )
         self.norm = (
-            RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
-            if get_pp_group().is_last_rank
-            else PPMissingLayer()
+            RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps) if get_pp_group().is_last_rank else PPMissingLayer()
         )
 
     def forward(
@@ -152,6 +151,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         self.index_shared = DSAConfig.from_hf(self.config).index_shared
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
+        self.wanted = wanted(self.config)
+        self.awaited = self._awaited(vllm_config)
         self.model = DeepseekV32Model(vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
@@ -189,6 +190,14 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """(parameter, checkpoint tensor, expert, shard) of every routed expert's weight."""
         return expert_params_mapping(self, self.config.n_routed_experts)
 
+    def _awaited(self, vllm_config: Any) -> frozenset[str]:
+        """Names of the tensors that the first load must bring."""
+        if self.wanted is None or vllm_config.load_config.load_format == "dummy":
+            return frozenset()
+        if vllm_config.parallel_config.enable_expert_parallel:  # vLLM does not read other ranks' experts
+            return frozenset(name for name in self.wanted.required if ".mlp.experts." not in name)
+        return frozenset(self.wanted.required)
+
     def _is_skipped(self, name: str) -> bool:
         """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""
         if "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None:
@@ -196,8 +205,13 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         return ".indexer." in name and self.index_shared[int(name.split(".layers.")[1].split(".")[0])]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a published checkpoint's tensors; returns the names of the parameters that were set."""
+        """Load a published checkpoint's tensors; returns the names of the parameters that were set.
+
+        The first call must bring every tensor; later ones, which update weights in place, may bring some.
+        """
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
+        if self.wanted is not None:
+            weights = inspected(weights, self.wanted, self.awaited)
         if isinstance(self.quant_config, DequantisedFp8Config):
             weights = dequantised(weights, self.dtype)
         params = dict(self.named_parameters())
@@ -206,6 +220,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         for name, tensor in weights:
             if ".mlp.experts." in name:
                 loaded |= _load_expert(self, params, experts, name, tensor)
+                del tensor
                 continue
             for parameter, part, shard in STACKED:
                 if f".{part}." in name:
@@ -217,13 +232,13 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             if is_pp_missing_parameter(name, self):
                 continue
             if name not in params:
-                raise ValueError(
-                    f"checkpoint tensor {name!r} belongs to no parameter of {type(self).__name__}. "
-                    f"Check that config.json and the safetensors files are of the same model."
-                )
+                raise _unknown(self, name)
             loader = getattr(params[name], "weight_loader", default_weight_loader)
             loader(params[name], *args)
             loaded.add(name)
+            # While the next one is dequantised, this one would else be there too.
+            del tensor, args
+        self.awaited = frozenset()
         return loaded
 
 
@@ -231,9 +246,11 @@ def _load_expert(
     model: nn.Module, params: dict[str, nn.Parameter], experts: list[Any], name: str, tensor: torch.Tensor
 ) -> set[str]:
     """Hand one expert's tensor to the fused parameter that holds it, unless another rank holds that expert."""
+    known = False
     for parameter, part, expert, shard in experts:
         if part not in name:
             continue
+        known = True
         target = name.replace(part, parameter)
         if is_pp_missing_parameter(target, model):
             continue
@@ -241,4 +258,13 @@ def _load_expert(
             params[target], tensor, target, shard_id=shard, expert_id=expert, return_success=True
         ):
             return {target}
+    if not known:
+        raise _unknown(model, name)
     return set()
+
+
+def _unknown(model: nn.Module, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint tensor {name!r} belongs to no parameter of {type(model).__name__}. "
+        f"Check that config.json and the safetensors files are of the same model."
+    )

@@ -81,16 +81,16 @@ def running(
 ) -> Iterator[Server]:
     """Run ``command`` until the block ends, entering it once GET /health on ``port`` is answered with 200.
 
-    ``env`` comes on top of this process's. ``on_wait`` is called with the seconds waited, about once a second. Raises
-    ServerError if the command ends or ``timeout`` seconds pass first. Whatever happens, every process of its group is
-    gone afterwards.
+    ``env`` comes on top of the environment that this process was started with. ``on_wait`` is called with the seconds
+    waited, about once a second. Raises ServerError if the command ends or ``timeout`` seconds pass first. Whatever
+    happens, every process of its group is gone afterwards.
     """
     with tempfile.TemporaryDirectory() as folder:
         log_path = log_path or Path(folder) / "server.log"
         with open(log_path, "wb") as log:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **(env or {})},
+                env={**initial_environment(), **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -172,6 +172,12 @@ def group_members(group: int) -> list[int]:
         if int(its_group) == group and state != "Z":
             members.append(int(stat.parent.name))
     return members
+
+
+def initial_environment() -> dict[str, str]:
+    """What this process was started with: an engine that runs in it leaves its own settings in os.environ."""
+    entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
 
 
 def healthy(base_url: str) -> bool:

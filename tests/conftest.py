@@ -1,0 +1,23 @@
+"""Fixtures that several test files ask for by name."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Tensors made by torch.empty and its relatives start as NaN (integers: -1), so that reading them shows."""
+
+    def poisoned(make):
+        def poison(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if made.numel() and made.is_contiguous():
+                made.view(-1).view(torch.uint8).fill_(0xFF)
+            return made
+
+        return poison
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))

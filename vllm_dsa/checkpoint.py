@@ -1,0 +1,284 @@
+"""What a checkpoint must hold, by its config.json, and what its files do hold, by their safetensors headers.
+
+Standard library only. Of the files nothing but headers is read, so that a damaged or foreign checkpoint is refused
+before anything is loaded, and a right one costs next to no time.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dsa.config import DSAConfig
+
+INDEX_FILE = "model.safetensors.index.json"
+SCALE_SUFFIX = "_scale_inv"
+INDEXER = ".self_attn.indexer."
+AGAIN = "Download the checkpoint again."
+Shape = tuple[int, ...]
+_CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
+_NAMED = 5  # names that a message lists
+
+
+class CheckpointError(ValueError):
+    """Files that this package will not serve; the message names file or tensor and the next step."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a file's header has it; dtype as safetensors spells it (BF16, F32, F8_E4M3)."""
+
+    file: Path
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Checkpoint name -> shape of every tensor that a config asks for.
+
+    optional: those that may be missing, MTP layers and the indexers of layers that share a selection.
+    """
+
+    required: dict[str, Shape]
+    optional: dict[str, Shape]
+    block: tuple[int, int] | None  # of FP8 scales
+
+    def shape(self, name: str) -> Shape | None:
+        """Shape that a tensor of this name must have, None for a name that the config does not ask for."""
+        if name.endswith(SCALE_SUFFIX) and self.block:
+            weight = self.shape(name.removesuffix(SCALE_SUFFIX)) or ()
+            return (
+                tuple(math.ceil(n / b) for n, b in zip(weight, self.block, strict=True)) if len(weight) == 2 else None
+            )
+        return self.required.get(name) or self.optional.get(name)
+
+
+def wanted(hf_config: Any) -> Wanted | None:
+    """Tensors of a DSA model under their published names.
+
+    None where weights are neither plain nor block-scaled FP8: other quantisations have names and shapes of their own.
+    """
+    config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
+    quantisation = get("quantization_config")
+    block = None
+    if quantisation:
+        block = _getter(quantisation)("weight_block_size")
+        if _getter(quantisation)("quant_method") != "fp8" or not block:
+            return None
+    vocabulary, hidden, layers = (get("vocab_size"), config.hidden_size), config.hidden_size, config.num_hidden_layers
+    required: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
+    required["model.norm.weight"] = (hidden,)
+    optional: dict[str, Shape] = {}
+    for layer in range(layers + (get("num_nextn_predict_layers") or 0)):
+        prefix, group = f"model.layers.{layer}", required if layer < layers else optional
+        group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        group |= _attention(config, f"{prefix}.self_attn")
+        indexer = _indexer(config, f"{prefix}{INDEXER[:-1]}")
+        (optional if layer < layers and config.index_shared[layer] else group).update(indexer)
+        group |= _mlp(get, hidden, layer, f"{prefix}.mlp")
+        if layer >= layers:
+            group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
+            group |= {f"{prefix}.{name}.weight": vocabulary for name in ("embed_tokens", "shared_head.head")}
+            group[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
+    return Wanted(required, optional, tuple(block) if block else None)
+
+
+def _attention(config: DSAConfig, prefix: str) -> dict[str, Shape]:
+    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
+    shapes = {
+        "q_a_proj": (config.q_lora_rank, hidden),
+        "q_a_layernorm": (config.q_lora_rank,),
+        "q_b_proj": (heads * config.qk_head_dim, config.q_lora_rank),
+        "kv_a_proj_with_mqa": (config.latent_dim, hidden),
+        "kv_a_layernorm": (rank,),
+        "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), rank),
+        "o_proj": (hidden, heads * config.v_head_dim),
+    }
+    return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _indexer(config: DSAConfig, prefix: str) -> dict[str, Shape]:
+    heads, dim = config.index_n_heads, config.index_head_dim
+    return {
+        f"{prefix}.wq_b.weight": (heads * dim, config.q_lora_rank),
+        f"{prefix}.wk.weight": (dim, config.hidden_size),
+        f"{prefix}.k_norm.weight": (dim,),
+        f"{prefix}.k_norm.bias": (dim,),
+        f"{prefix}.weights_proj.weight": (heads, config.hidden_size),
+    }
+
+
+def _mlp(get: Any, hidden: int, layer: int, prefix: str) -> dict[str, Shape]:
+    def gated(prefix: str, width: int) -> dict[str, Shape]:
+        up, down = (width, hidden), (hidden, width)
+        return {f"{prefix}.gate_proj.weight": up, f"{prefix}.up_proj.weight": up, f"{prefix}.down_proj.weight": down}
+
+    if layer < get("first_k_dense_replace") or layer % (get("moe_layer_freq") or 1):
+        return gated(prefix, get("intermediate_size"))
+    experts, width, shared = get("n_routed_experts"), get("moe_intermediate_size"), get("n_shared_experts") or 0
+    shapes: dict[str, Shape] = {f"{prefix}.gate.weight": (experts, hidden)}
+    shapes[f"{prefix}.gate.e_score_correction_bias"] = (experts,)
+    for expert in range(experts):
+        shapes |= gated(f"{prefix}.experts.{expert}", width)
+    return shapes | (gated(f"{prefix}.shared_experts", width * shared) if shared else {})
+
+
+def _getter(config: Any) -> Any:
+    return config.get if isinstance(config, Mapping) else lambda key: getattr(config, key, None)
+
+
+def read(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the safetensors files that vLLM would load from a folder. Raises CheckpointError."""
+    files = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    converted = [name for name in files if _CONVERTED.fullmatch(name)]
+    if converted:
+        raise CheckpointError(
+            f"{folder} holds {converted[0]}: DeepSeek's convert.py wrote it for DeepSeek's own demo, with other names "
+            f"and shapes. Serve the published folder that convert.py read (its --hf-ckpt-path)."
+        )
+    index = _read_index(folder)
+    absent = sorted(set(index.values()) - set(files))
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {_some(absent)}, which {INDEX_FILE} names. Download what is missing, or the whole "
+            f"checkpoint again."
+        )
+    stored: dict[str, Stored] = {}
+    for name in sorted(set(index.values())) or files:
+        stored |= _read_header(files[name])
+    for name, file in index.items():
+        if name not in stored or stored[name].file.name != file:
+            raise CheckpointError(f"{folder / file} has no tensor {name}, which {INDEX_FILE} says it has. {AGAIN}")
+    return stored
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor -> file name by the index, empty if there is none."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: it has no readable weight_map. {AGAIN}") from error
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    """The safetensors format: 8 bytes with the header's length, the header (JSON), then the tensors' bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a git-lfs pointer and not the file. Run `git lfs pull` in its folder.")
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if length <= size - 8 else b""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        stored = {name: Stored(path, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or no safetensors file: its header cannot be read. Download it again."
+        ) from error
+    if size < end:
+        raise CheckpointError(f"{path} is truncated: {size} of {end} bytes are there. Download it again.")
+    return stored
+
+
+def check(folder: Path, hf_config: Any) -> None:
+    """Refuse a local folder whose files do not hold what its config.json asks for. Raises CheckpointError."""
+    stored, asked = read(folder), wanted(hf_config)
+    if not stored or asked is None:
+        return
+    for name, tensor in stored.items():
+        _check_shape(name, tensor.shape, asked)
+        if tensor.dtype == "F8_E4M3":
+            _check_quantised(name, asked)
+    _check_pairs({name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}, stored, asked)
+    _check_complete(stored, asked.required)
+
+
+def inspected(
+    weights: Iterable[tuple[str, Any]], asked: Wanted, required: Collection[str]
+) -> Iterator[tuple[str, Any]]:
+    """Pass tensors on as they come. Raises CheckpointError at the first of a wrong shape, and at the end if some of
+    ``required`` did not come."""
+    seen, quantised = set(), set()
+    for name, tensor in weights:
+        _check_shape(name, tuple(tensor.shape), asked)
+        if str(tensor.dtype) == "torch.float8_e4m3fn":
+            _check_quantised(name, asked)
+            quantised.add(name)
+        seen.add(name)
+        yield name, tensor
+    if required:
+        _check_pairs(quantised, seen, asked)
+    _check_complete(seen, required)
+
+
+def refuse_indexer(folder: Path) -> None:
+    """Refuse a folder with indexer tensors under a config without one: vLLM would drop them and attend densely."""
+    found = [name for name in read(folder) if INDEXER in name]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds {_some(found)}: weights of DeepSeek-V3.2 or another DSA model, while its config.json is "
+            f"of DeepSeek-V3 and names no indexer. Attention would be dense, and the answers wrong. Restore the "
+            f"published config.json (model_type deepseek_v32)."
+        )
+
+
+def _check_shape(name: str, shape: Shape, asked: Wanted) -> None:
+    expected = asked.shape(name)
+    if expected is not None and shape != expected:
+        raise CheckpointError(
+            f"checkpoint tensor {name} has shape {shape}, config.json asks for {expected}. Check that config.json (and "
+            f"--hf-overrides) and the weights are of the same model; if they are, download that file again."
+        )
+
+
+def _check_quantised(name: str, asked: Wanted) -> None:
+    if asked.block is None:
+        raise CheckpointError(
+            f"checkpoint tensor {name} is FP8, but config.json has no quantization_config. "
+            f"Restore the published config.json."
+        )
+
+
+def _check_pairs(quantised: Collection[str], names: Collection[str], asked: Wanted) -> None:
+    if asked.block is None:
+        return
+    alone = [name for name in quantised if name + SCALE_SUFFIX not in names]
+    alone += [n for n in names if n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) not in quantised]
+    if alone:
+        raise CheckpointError(
+            f"checkpoint tensor {_some(sorted(alone))} has no partner: an FP8 weight and its {SCALE_SUFFIX[1:]} belong "
+            f"together. {AGAIN}"
+        )
+
+
+def _check_complete(names: Collection[str], required: Collection[str]) -> None:
+    missing = [name for name in required if name not in names]
+    if not missing:
+        return
+    if names and not any(INDEXER in name for name in names):
+        raise CheckpointError(
+            f"the checkpoint has no indexer tensors ({_some([n for n in missing if INDEXER in n])}), config.json asks "
+            f"for them. These are weights of a model without DSA (DeepSeek-V3, V3.1, R1?), or a conversion has dropped "
+            f"the indexer. Serve the published DeepSeek-V3.2 files, or weights and config.json of the same model."
+        )
+    layers = sorted({int(name.split(".")[2]) for name in missing if name.startswith("model.layers.")})
+    where = f" of layers {_some(layers)}" if layers else ""
+    raise CheckpointError(
+        f"the checkpoint lacks {len(missing)} of {len(required)} tensors{where}: {_some(missing)}. Check that "
+        f"config.json is of the same model and that {INDEX_FILE} names every file, or download the checkpoint again."
+    )
+
+
+def _some(names: Collection[Any]) -> str:
+    listed = ", ".join(str(name) for name in list(names)[:_NAMED])
+    return listed if len(names) <= _NAMED else f"{listed} and {len(names) - _NAMED} more"

@@ -1,0 +1,314 @@
+"""The vendor provider on Hopper: DeepGEMM scores, FlashMLA attends. Contracts: ``vllm_dsa.kernels``.
+
+select  decodes: DeepGEMM's paged kernel, one row at a time of each request, straight from the pages
+        prefills: keys of a few requests gathered into one buffer, DeepGEMM's contiguous kernel, rows in tiles
+        both: scores within VLLM_DSA_SCORE_BUDGET_MB, then this package's exact top-k
+attend  fp8_ds_mla decodes: FlashMLA's decode kernel, straight from the pages, heads padded to 64 or 128
+        fp8_ds_mla prefills: latents of a few requests widened to bfloat16 in a workspace, FlashMLA's prefill kernel,
+        which takes 8 to 128 heads as they are
+        bfloat16 cache: the prefill kernel on the pages themselves
+
+What all layers of a step share (schedules, row bounds, expanded block tables) is kept in ``rows.step``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_dsa import cache, envs
+from vllm_dsa.kernels.triton_select import top_k_rows
+from vllm_dsa.metadata import Rows
+
+PAGE = 64  # tokens a page: the only size that both libraries read
+GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
+HEADS = (8, 16, 32, 64, 128)  # of FlashMLA's prefill kernel
+DECODE_HEADS = (64, 128)  # of its decode kernel
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive prefill requests whose keys are gathered together."""
+
+    requests: slice
+    rows: slice
+    starts: torch.Tensor  # [requests + 1] int32: first gathered key of each request, then the total
+    row_starts: torch.Tensor  # [rows] int32: first gathered key of the row's request
+    keys: int
+    tiles: tuple[tuple[slice, int], ...]  # rows, relative to this part, and an upper bound of their lengths
+
+
+def refusals(request: Any) -> list[str]:
+    """Why this provider cannot serve; empty if it can."""
+    reasons = []
+    if request.device_type != "cuda" or request.capability is None or request.capability[0] != 9:
+        return [f"it is tested on sm90 only, the layer is on {request.device_type} {request.capability or ''}".rstrip()]
+    if (request.kv_lora_rank, request.rope_dim) != (512, 64):
+        reasons.append(f"FlashMLA reads latents of 512 + 64, these have {request.kv_lora_rank} + {request.rope_dim}")
+    if request.index_dim != 128 or request.index_heads not in (32, 64):
+        reasons.append(
+            f"DeepGEMM scores 32 or 64 index heads of 128, this model has {request.index_heads} of {request.index_dim}"
+        )
+    if request.num_heads not in HEADS:
+        reasons.append(f"FlashMLA attends with {', '.join(map(str, HEADS))} heads a rank, not {request.num_heads}")
+    if request.block_size != PAGE:
+        reasons.append(f"its pages hold {PAGE} tokens, not {request.block_size}: pass --block-size {PAGE}")
+    if request.top_k % 64:
+        reasons.append(f"FlashMLA reads selections of a multiple of 64, index_topk is {request.top_k}")
+    if request.dtype != torch.bfloat16:
+        reasons.append(f"FlashMLA computes in bfloat16, the model is {request.dtype}")
+    from vllm_dsa.compat import vendor_refusals
+
+    return reasons + vendor_refusals()
+
+
+def query_heads(request: Any) -> int:
+    """Heads to allocate a query buffer with, so that no kernel here has to pad it."""
+    if request.latent_kind != cache.FP8_DS_MLA:
+        return request.num_heads
+    return next(n for n in DECODE_HEADS if n >= request.num_heads)
+
+
+def select(
+    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+) -> None:
+    """Top-k positions of every row."""
+    if rows.decodes:
+        _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
+    for part in _parts(rows):
+        _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
+
+
+def _select_decodes(
+    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+) -> None:
+    from vllm_dsa.compat import paged_mqa_logits, paged_mqa_schedule
+
+    width = rows.block_table.shape[1] * rows.block_size
+    tile = max(1, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (width * 4))
+    pages = index_cache.view(len(index_cache), rows.block_size, 1, -1)
+    table = _decode_table(rows)
+    for first in range(0, len(codes), tile):
+        mine = slice(first, first + tile)
+        lengths = rows.lengths[: rows.decodes][mine]
+        key = ("schedule", first)
+        if key not in rows.step:
+            rows.step[key] = paged_mqa_schedule(lengths.unsqueeze(1), rows.block_size)
+        logits = paged_mqa_logits(
+            codes[mine].unsqueeze(1), pages, weights[mine], lengths.unsqueeze(1), table[mine], rows.step[key], width
+        )
+        top_k_rows(logits, lengths, out[mine])
+
+
+def _decode_table(rows: Rows) -> torch.Tensor:
+    """Block table [decodes, blocks] of the decode rows, one line a row."""
+    if "table" not in rows.step:
+        one_each = rows.decodes == len(rows.block_table)
+        requests = rows.requests[: rows.decodes].long()
+        rows.step["table"] = rows.block_table if one_each else rows.block_table[requests]
+    return rows.step["table"]
+
+
+def _parts(rows: Rows) -> list[Part]:
+    """The step's prefill requests in groups of at most GATHER_ROWS keys (a longer one alone), made once a step."""
+    if "parts" in rows.step:
+        return rows.step["parts"]
+    parts: list[Part] = []
+    device = rows.lengths.device
+    first = next((i for i, start in enumerate(rows.starts) if start >= rows.decodes), len(rows.ends))
+    while first < len(rows.ends):
+        last, bounds = first, [0]
+        while last < len(rows.ends) and (last == first or bounds[-1] + rows.ends[last] <= GATHER_ROWS):
+            bounds.append(bounds[-1] + rows.ends[last])
+            last += 1
+        mine = slice(rows.starts[first], rows.starts[last])
+        starts = torch.tensor(bounds, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+        parts.append(
+            Part(
+                requests=slice(first, last),
+                rows=mine,
+                starts=starts,
+                row_starts=starts[(rows.requests[mine] - first).long()],
+                keys=bounds[-1],
+                tiles=_tiles(rows, first, last),
+            )
+        )
+        first = last
+    rows.step["parts"] = [part for part in parts if part.rows.start < part.rows.stop]
+    return rows.step["parts"]
+
+
+def _tiles(rows: Rows, first: int, last: int) -> tuple[tuple[slice, int], ...]:
+    """Row tiles of requests first:last whose score matrix fits the budget, each with its longest row's length."""
+    budget = (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // 4
+    base, end_row = rows.starts[first], rows.starts[last]
+    tiles, request, row = [], first, base
+    while row < end_row:
+        while rows.starts[request + 1] <= row:
+            request += 1
+        # Lengths grow within a request, so the last row of a tile bounds it; a tile may span several short requests.
+        stop, longest, at = row, 0, request
+        while at < last:
+            room = rows.starts[at + 1]
+            reach = rows.ends[at]
+            widest = max(longest, reach)
+            if (room - row) * widest <= budget:
+                stop, longest, at = room, widest, at + 1
+                continue
+            if stop == row:
+                stop = row + max(1, budget // reach)
+                stop = min(stop, room)
+                longest = reach - (room - stop)
+            break
+        tiles.append((slice(row - base, stop - base), longest))
+        row = stop
+    return tuple(tiles)
+
+
+def _select_part(
+    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, part: Part, out: torch.Tensor
+) -> None:
+    from vllm_dsa.compat import gather_index_keys, mqa_logits
+
+    dim = codes.shape[-1]
+    keys = torch.empty(part.keys, dim, dtype=cache.E4M3, device=codes.device)
+    scales = torch.empty(part.keys, 1, dtype=torch.float32, device=codes.device)
+    pages = index_cache.view(len(index_cache), rows.block_size, -1)
+    gather_index_keys(pages, keys, scales, rows.block_table[part.requests], part.starts)
+    lengths = rows.lengths[part.rows]
+    for tile, longest in part.tiles:
+        starts, mine = part.row_starts[tile], lengths[tile]
+        logits, columns = mqa_logits(
+            codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest
+        )
+        top_k_rows(logits, mine, out[tile], columns)
+
+
+def attend(
+    query: torch.Tensor, latent_cache: torch.Tensor, rows: Rows, selected: torch.Tensor, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of every row over its selected latent rows; returns the log-sum-exp."""
+    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=query.device)
+    if latent_cache.dtype == torch.uint8:
+        if rows.decodes:
+            mine = slice(0, rows.decodes)
+            lse[mine] = _attend_decodes(query[mine], latent_cache, rows, selected[mine], scale, out[mine])
+        for part in _parts(rows):
+            lse[part.rows] = _attend_part(
+                query[part.rows], latent_cache, rows, part, selected[part.rows], scale, out[part.rows]
+            )
+        return lse
+    latents, page_rows = _flat_rows(latent_cache)
+    slots = to_slots(selected, rows, slice(0, len(selected)), page_rows)
+    return _attend_rows(query, latents, slots, rows.lengths, scale, out)
+
+
+def _attend_decodes(
+    query: torch.Tensor, latent_cache: torch.Tensor, rows: Rows, selected: torch.Tensor, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    from vllm_dsa.compat import flash_mla_decode, flash_mla_schedule
+
+    heads = out.shape[1]
+    padded = query if query.shape[1] in DECODE_HEADS else _padded(query)
+    if "flash_mla" not in rows.step:
+        rows.step["flash_mla"] = flash_mla_schedule()
+    slots = to_slots(selected, rows, slice(0, len(selected)), rows.block_size)
+    values, lse = flash_mla_decode(
+        padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"]
+    )
+    out.copy_(values[:, 0, :heads])
+    return lse[:, :heads, 0]
+
+
+def _padded(query: torch.Tensor) -> torch.Tensor:
+    tokens, heads, width = query.shape
+    padded = query.new_zeros(tokens, next(n for n in DECODE_HEADS if n >= heads), width)
+    padded[:, :heads] = query
+    return padded
+
+
+def _attend_part(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    part: Part,
+    selected: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    from vllm_dsa.compat import gather_latents
+
+    latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
+    requests = part.requests.stop - part.requests.start
+    gather_latents(latent_cache, latents, rows.block_table[part.requests], part.starts[:requests], requests)
+    at = torch.empty_like(selected)
+    grid = (len(selected),)
+    _shift[grid](selected, part.row_starts, at, selected.shape[1], selected.stride(0), BLOCK=1024)
+    return _attend_rows(query, latents, at, rows.lengths[part.rows], scale, out)
+
+
+def _attend_rows(
+    query: torch.Tensor, latents: torch.Tensor, at: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    from vllm_dsa.compat import flash_mla_prefill
+
+    query = query[:, : out.shape[1]]
+    if not query.is_contiguous():
+        query = query.contiguous()
+    valid = lengths.clamp(max=at.shape[1])
+    values, lse = flash_mla_prefill(query, latents.unsqueeze(1), at.unsqueeze(1), scale, valid)
+    out.copy_(values)
+    return lse
+
+
+def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The pages [pages, block, 576] as rows [n, 576], and how many rows one page is apart from the next."""
+    pages, block_size, width = latent_cache.shape
+    stride = latent_cache.stride(0)
+    if stride % width or latent_cache.stride(1) != width:
+        raise RuntimeError(f"latent pages {latent_cache.stride()} apart are not whole rows of {width} apart.")
+    count = (pages - 1) * (stride // width) + block_size
+    return latent_cache.as_strided((count, width), (width, 1)), stride // width
+
+
+def to_slots(selected: torch.Tensor, rows: Rows, mine: slice, page_rows: int) -> torch.Tensor:
+    """Selected positions [T, K] of rows ``mine`` as rows of the flat cache, pages ``page_rows`` apart; -1 stays."""
+    slots = torch.empty(selected.shape, dtype=torch.int32, device=selected.device)
+    table = rows.block_table
+    _slots[(len(selected),)](
+        selected,
+        rows.requests[mine],
+        table,
+        slots,
+        selected.shape[1],
+        selected.stride(0),
+        table.stride(0),
+        rows.block_size,
+        page_rows,
+        BLOCK=1024,
+    )
+    return slots
+
+
+@triton.jit
+def _slots(selected, requests, table, slots, k, stride, table_stride, block_size, page_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    line = table + tl.load(requests + row).to(tl.int64) * table_stride
+    for first in range(0, k, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        position = tl.load(selected + row * stride + column, mask=column < k, other=-1)
+        page = tl.load(line + position // block_size, mask=position >= 0, other=0)
+        slot = tl.where(position >= 0, page * page_rows + position % block_size, -1)
+        tl.store(slots + row * k + column, slot, mask=column < k)
+
+
+@triton.jit
+def _shift(selected, starts, at, k, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + row)
+    for first in range(0, k, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        position = tl.load(selected + row * stride + column, mask=column < k, other=-1)
+        tl.store(at + row * k + column, tl.where(position >= 0, position + start, -1), mask=column < k)
