@@ -1,7 +1,16 @@
-"""Fixtures that several test files ask for by name."""
+"""Fixtures that test files ask for by name."""
 
 import pytest
 import torch
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors on one thread: on a busy machine a second one costs more in waiting than it computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,7 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_dsa.testing.server import HOST, free_port
 
 DEFAULTS = dict(
     dtype="float32",
@@ -79,3 +86,25 @@ def engine(path: str | Path, **options: Any) -> Iterator[Engine]:
         del running
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def unloaded(path: str | Path, **options: Any) -> Iterator[tuple[torch.nn.Module, VllmConfig]]:
+    """The model that vLLM would load a checkpoint into, its parameters NaN, and the config; no engine."""
+    config = EngineArgs(model=str(path), **{**DEFAULTS, **options}).create_engine_config()
+    try:
+        with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+            init_distributed_environment(1, 0, f"tcp://{HOST}:{free_port()}", 0, "gloo")
+            initialize_model_parallel()
+            model = initialize_model(vllm_config=config)
+            for parameter in model.parameters():
+                parameter.data.fill_(torch.nan)
+            yield model, config
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def load(model: torch.nn.Module, config: VllmConfig) -> dict[str, torch.Tensor]:
+    """Load the config's checkpoint with the loader that it names; returns the parameters."""
+    get_model_loader(config.load_config).load_weights(model, config.model_config)
+    return {name: parameter.data for name, parameter in model.named_parameters()}

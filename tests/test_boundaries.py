@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vllm_dsa"
 
-FACTS = ("vllm_dsa.config", "vllm_dsa.envs")
+FACTS = ("vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.checkpoint")
 BYTES = ("vllm_dsa.cache", "vllm_dsa.metadata")
 SEAM = ("vllm_dsa.backend", "vllm_dsa.compat", "vllm_dsa.platform", "vllm_dsa.quant")
 LAYERS = ("vllm_dsa.indexer", "vllm_dsa.attention")
@@ -34,24 +34,25 @@ class Layer:
 # The first layer with a matching pattern holds.
 TABLE = (
     Layer(("vllm_dsa",), in_functions=("vllm_dsa.*",)),
+    Layer(("vllm_dsa.checkpoint",), ("vllm_dsa.config",)),
     Layer(FACTS),
     Layer(BYTES, ("torch", *FACTS)),
     Layer(("vllm_dsa.kernels.reference",), ("torch", *BYTES, CONTRACTS)),
     Layer(
         ("vllm_dsa.kernels.vendor",),
-        ("torch", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
+        ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
         in_functions=("vllm_dsa.compat", "flash_mla", "deep_gemm"),
     ),
     Layer(
         ("vllm_dsa.kernels", "vllm_dsa.kernels.*"),
         ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
     ),
-    Layer(("vllm_dsa.compat",), ("vllm",)),
+    Layer(("vllm_dsa.compat",), ("torch", "vllm")),
     Layer(SEAM, ("torch", *FACTS, *BYTES, *SEAM, "vllm_dsa.kernels*")),
     Layer(LAYERS, ("torch", *FACTS, *BYTES, *SEAM, CONTRACTS, "vllm_dsa.kernels.dispatch", *LAYERS)),
     Layer(
         ("vllm_dsa.models", "vllm_dsa.models.*"),
-        ("torch", "vllm_dsa.compat", "vllm_dsa.config", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
+        ("torch", *FACTS, "vllm_dsa.compat", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
     ),
     Layer(
         ("vllm_dsa.testing", "vllm_dsa.testing.*"),
@@ -128,6 +129,7 @@ PLANTED = [
     ("config", "import torch"),
     ("envs", "from vllm import envs"),
     ("config", "import vllm_dsa.compat"),
+    ("checkpoint", "import safetensors"),
     ("cache", "import triton"),
     ("metadata", "def f():\n    import vllm"),
     ("kernels.cpu", "import vllm_dsa.compat"),
@@ -208,7 +210,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["vllm_dsa", "vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.compat"])
+@pytest.mark.parametrize("module", ["vllm_dsa", *FACTS, "vllm_dsa.compat"])
 def test_importing_facts_loads_neither_torch_nor_vllm(module):
     assert not loaded_by(f"import {module}") & {"torch", "vllm", "triton"}
 

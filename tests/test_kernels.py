@@ -11,6 +11,8 @@ from vllm_dsa.testing import compare
 from vllm_dsa.testing.cases import BY_NAME, CASES, Case, build, with_dtype
 from vllm_dsa.testing.check import CHECKS, written
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = [with_dtype(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
 BOTH = pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 

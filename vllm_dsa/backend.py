@@ -18,9 +18,8 @@ from vllm_dsa.compat import (
     current_platform,
 )
 from vllm_dsa.metadata import DeviceRows, Rows, build_rows
+from vllm_dsa.platform import BLOCK_SIZE_MULTIPLE, GPU_BLOCK_SIZE
 
-BLOCK_SIZE_MULTIPLE = 16
-GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 
 
 @dataclass(frozen=True)

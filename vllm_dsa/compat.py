@@ -118,6 +118,8 @@ def vendor_refusals() -> list[str]:
     from vllm.v1.attention.ops.flashmla import is_flashmla_sparse_supported
 
     reasons = []
+    if vllm_version().startswith("0.32."):
+        reasons.append("DeepGEMM: vLLM 0.32 returns scores in another layout than 0.33, which is what was tested")
     supported, reason = is_flashmla_sparse_supported()
     if not supported:
         reasons.append(f"FlashMLA: {reason}")
@@ -126,19 +128,11 @@ def vendor_refusals() -> list[str]:
     return reasons
 
 
-def mqa_logits(
-    codes: Any, keys: Any, scales: Any, weights: Any, starts: Any, ends: Any, longest: int
-) -> tuple[Any, Any]:
-    """DeepGEMM scores [rows, n] of gathered keys [starts, ends) of each row, and the column each row starts at.
+def mqa_logits(codes: Any, keys: Any, scales: Any, weights: Any, starts: Any, ends: Any, longest: int) -> Any:
+    """DeepGEMM scores [rows, longest] of gathered keys [starts, ends) of each row, which begin at column 0."""
+    from vllm.utils.deep_gemm import fp8_fp4_mqa_logits
 
-    vLLM 0.33 returns rows shifted to column 0 (None is returned for the columns), 0.32 leaves them in place.
-    """
-    from vllm.utils import deep_gemm
-
-    arguments = ((codes, None), (keys, scales), weights, starts, ends)
-    if vllm_version().startswith("0.32."):
-        return deep_gemm.fp8_fp4_mqa_logits(*arguments, clean_logits=False), starts
-    return deep_gemm.fp8_fp4_mqa_logits(*arguments, longest), None
+    return fp8_fp4_mqa_logits((codes, None), (keys, scales), weights, starts, ends, longest)
 
 
 def paged_mqa_schedule(lengths: Any, block_size: int) -> Any:
@@ -153,8 +147,7 @@ def paged_mqa_logits(codes: Any, pages: Any, weights: Any, lengths: Any, table: 
     """DeepGEMM scores [rows, width] of codes [rows, 1, H, D] against pages [n, block, 1, D + 4] of each row's table."""
     from vllm.utils.deep_gemm import fp8_fp4_paged_mqa_logits
 
-    extra = {"clean_logits": False} if vllm_version().startswith("0.32.") else {}
-    return fp8_fp4_paged_mqa_logits((codes, None), pages, weights, lengths, table, schedule, width, **extra)
+    return fp8_fp4_paged_mqa_logits((codes, None), pages, weights, lengths, table, schedule, width)
 
 
 def gather_index_keys(pages: Any, keys: Any, scales: Any, table: Any, starts: Any) -> None:

@@ -12,6 +12,7 @@ DENSE_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 # --load-format values that read the published files.
 PUBLISHED_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 BLOCK_SIZE_MULTIPLE = 16
+GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
 
@@ -81,6 +82,8 @@ def check(vllm_config: Any) -> None:
                 f"64, this model has {config.kv_lora_rank} and {config.qk_rope_head_dim}. Pass --kv-cache-dtype auto."
             )
         cache_config.cache_dtype = cache.FP8_DS_MLA
+    if not cache_config.user_specified_block_size and not compat.current_platform.is_cpu():
+        cache_config.block_size = GPU_BLOCK_SIZE
     block_size = cache_config.block_size
     if cache_config.user_specified_block_size and block_size % BLOCK_SIZE_MULTIPLE:
         raise ConfigError(

@@ -123,13 +123,13 @@ def attend(
             padding = (picked < 0).view(-1, 1, count, chunk)
             # Padding reads the row's first pick again: other memory could hold NaN, which no zero weight silences.
             index = _row_index(latent_cache, rows, group, torch.where(picked < 0, picked[:, :1], picked))
-            queries = query.index_select(0, group).float()
+            queries = _two_heads(query.index_select(0, group).float())
             parts = [
                 _attend_rows(queries[tile], _latents(source, index[tile]), padding[tile], scale, out.shape[-1])
                 for tile in (slice(i, i + row_tile) for i in range(0, len(group), row_tile))
             ]
-            out[group] = torch.cat([values for values, _ in parts]).to(out.dtype)
-            lse[group] = torch.cat([lse for _, lse in parts])
+            out[group] = torch.cat([values[:, : out.shape[1]] for values, _ in parts]).to(out.dtype)
+            lse[group] = torch.cat([lse[:, : out.shape[1]] for _, lse in parts])
     return lse
 
 
@@ -167,13 +167,18 @@ def _decode(codes: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float16)
 
 
+def _two_heads(queries: torch.Tensor) -> torch.Tensor:
+    """Queries [b, N, R] with a second head of zeros where there is one: a GEMM of one head would be a matrix-vector
+    product, whose bits change with the batch."""
+    return F.pad(queries, (0, 0, 0, 1)) if queries.shape[1] == 1 else queries
+
+
 def _index_queries(codes: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index queries [b, H, D] float32 and head weights [b, 1, H] for ``_scores``."""
     queries = _decode(codes.view(torch.uint8)).float()
     weights = weights.unsqueeze(1) * 2.0**16  # queries and keys are decoded to 2^-8 of their value
-    if queries.shape[1] == 1:  # one head would make the GEMM a matrix-vector product, whose bits vary with the batch
-        return F.pad(queries, (0, 0, 0, 1)), F.pad(weights, (0, 1))
-    return queries, weights
+    queries = _two_heads(queries)
+    return queries, F.pad(weights, (0, queries.shape[1] - weights.shape[2]))
 
 
 def _index_keys(

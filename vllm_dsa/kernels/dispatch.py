@@ -7,6 +7,7 @@ are in ``Kernels.summary``, and where no provider can serve, that is an error. A
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -47,11 +48,32 @@ def _cpu_refusals(request: Request) -> list[str]:
     return [] if request.device_type == "cpu" else [f"it runs on the CPU, the layer is on {request.device_type}"]
 
 
+def _triton_refusals(request: Request) -> list[str]:
+    if request.device_type != "cuda":
+        return [f"it runs on CUDA GPUs, the layer is on {request.device_type}"]
+    if request.capability is None or request.capability < (8, 0):
+        return [f"it needs compute capability 8.0 or newer, this GPU has {request.capability}"]
+    return [] if find_spec("triton") else ["Triton is not installed: pip install 'vllm-dsa[cuda]'"]
+
+
+def _vendor_refusals(request: Request) -> list[str]:
+    refused = _triton_refusals(request)
+    if not refused:
+        from vllm_dsa.kernels import vendor
+
+        refused = vendor.refusals(request)
+    return refused
+
+
 def _everywhere(module: str) -> dict[str, str]:
     return dict.fromkeys(OPS, module)
 
 
+_TRITON = {op: f"vllm_dsa.kernels.triton_{op}" for op in OPS}
+_VENDOR = {op: "vllm_dsa.kernels.triton_write" if op == "write" else "vllm_dsa.kernels.vendor" for op in OPS}
 PROVIDERS = (
+    Provider("vendor", _VENDOR, _vendor_refusals),
+    Provider("triton", _TRITON, _triton_refusals),
     Provider("cpu", _everywhere("vllm_dsa.kernels.cpu"), _cpu_refusals),
     Provider("reference", _everywhere("vllm_dsa.kernels.reference"), lambda request: [], only_forced=True),
 )
@@ -114,4 +136,5 @@ def choose(request: Request) -> Kernels:
     pad = getattr(import_module(chosen["attend"].modules["attend"]), "query_heads", None)
     query_heads = pad(request) if pad else request.num_heads
     served = ", ".join(f"{op}: {name}" for op, name in providers.items())
-    return Kernels(**functions, query_heads=query_heads, providers=providers, summary=f"{served} (refused: {against or 'none'})")
+    summary = f"{served} (refused: {against or 'none'})"
+    return Kernels(**functions, query_heads=query_heads, providers=providers, summary=summary)

@@ -53,7 +53,6 @@ def _write_keys_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     position = tl.load(positions + token)
-    kept = slot >= 0
     page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     row = latent_cache + page * page_stride + offset * row_stride
 
@@ -74,17 +73,18 @@ def _write_keys_kernel(
     partner = tl.load(rope_key + token * rope_stride + other_p, mask=in_p, other=0.0).to(tl.float32)
     key = _turn(key, partner, cos, sin, first)
 
-    if FP8:
-        amax = tl.max(tl.abs(x), axis=1)
-        scale, inverse = power_of_two(tl.maximum(tl.div_rn(amax, E4M3_MAX), MIN_SCALE))
-        tl.store(row + dim, encode(x * inverse[:, None], HARDWARE), mask=kept)
-        scales = (row + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
-        tl.store(scales + tl.arange(0, GROUPS), scale, mask=kept)
-        keys = (row + RANK + GROUPS * SCALE_BYTES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        tl.store(keys + dim_p, key.to(tl.bfloat16), mask=kept & in_p)
-    else:
-        tl.store(row + dim, x.to(latent_cache.dtype.element_ty), mask=kept & (dim < RANK))
-        tl.store(row + RANK + dim_p, key.to(latent_cache.dtype.element_ty), mask=kept & in_p)
+    if slot >= 0:
+        if FP8:
+            amax = tl.max(tl.abs(x), axis=1)
+            scale, inverse = power_of_two(tl.maximum(tl.div_rn(amax, E4M3_MAX), MIN_SCALE))
+            tl.store(row + dim, encode(x * inverse[:, None], HARDWARE))
+            scales = (row + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
+            tl.store(scales + tl.arange(0, GROUPS), scale)
+            keys = (row + RANK + GROUPS * SCALE_BYTES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+            tl.store(keys + dim_p, key.to(tl.bfloat16), mask=in_p)
+        else:
+            tl.store(row + dim, x.to(latent_cache.dtype.element_ty), mask=dim < RANK)
+            tl.store(row + RANK + dim_p, key.to(latent_cache.dtype.element_ty), mask=in_p)
 
     if INDEX:
         dim_d = tl.arange(0, BLOCK_D)
@@ -105,10 +105,11 @@ def _write_keys_kernel(
         cos = tl.load(angles + pair, mask=turned, other=1.0)
         sin = tl.load(angles + ROPE // 2 + pair, mask=turned, other=0.0)
         codes, scale = _quantise_index(_turn(x, partner, cos, sin, first)[None, :], HARDWARE)
-        index_page = index_cache + page * index_page_stride
-        tl.store(index_page + offset * DIM + dim_d[None, :], codes, mask=kept & in_d[None, :])
-        scales = (index_page + BLOCK_SIZE * DIM).to(tl.pointer_type(tl.float32), bitcast=True)
-        tl.store(scales + offset + tl.arange(0, 1), scale, mask=kept)
+        if slot >= 0:
+            index_page = index_cache + page * index_page_stride
+            tl.store(index_page + offset * DIM + dim_d[None, :], codes, mask=in_d[None, :])
+            scales = (index_page + BLOCK_SIZE * DIM).to(tl.pointer_type(tl.float32), bitcast=True)
+            tl.store(scales + offset + tl.arange(0, 1), scale)
 
 
 @triton.jit

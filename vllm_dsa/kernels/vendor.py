@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_dsa import cache, envs
-from vllm_dsa.kernels.triton_select import top_k_rows
+from vllm_dsa.kernels.triton_select import _top_k_kernel
 from vllm_dsa.metadata import Rows
 
 PAGE = 64  # tokens a page: the only size that both libraries read
@@ -79,6 +79,25 @@ def select(
         _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
     for part in _parts(rows):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
+
+
+def top_k_rows(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Exact top-k of scores [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
+    top_k = out.shape[1]
+    chunk = max(1024, 2 * triton.next_power_of_2(top_k))
+    candidates = torch.empty(len(out), 2, chunk, dtype=torch.int32, device=out.device)
+    _top_k_kernel[(len(out),)](
+        scores,
+        candidates,
+        lengths,
+        out,
+        0,
+        scores.stride(0),
+        out.stride(0),
+        TOP_K=top_k,
+        CHUNK=chunk,
+        num_warps=8,
+    )
 
 
 def _select_decodes(
@@ -180,10 +199,8 @@ def _select_part(
     lengths = rows.lengths[part.rows]
     for tile, longest in part.tiles:
         starts, mine = part.row_starts[tile], lengths[tile]
-        logits, columns = mqa_logits(
-            codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest
-        )
-        top_k_rows(logits, mine, out[tile], columns)
+        logits = mqa_logits(codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest)
+        top_k_rows(logits, mine, out[tile])
 
 
 def attend(

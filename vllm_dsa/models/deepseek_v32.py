@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vllm_dsa.attention import DSAAttention
+from vllm_dsa.checkpoint import CheckpointError, inspected, wanted
 from vllm_dsa.compat import (
     DeepseekV2MLP,
     DeepseekV2MoE,
@@ -30,7 +31,6 @@ from vllm_dsa.compat import (
     maybe_prefix,
     mtp_layer_of_weight,
 )
-from vllm_dsa.checkpoint import CheckpointError, inspected, wanted
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
@@ -148,7 +148,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        self.index_shared = DSAConfig.from_hf(self.config).index_shared
+        shared = DSAConfig.from_hf(self.config).index_shared
+        self.unused_indexers = tuple(f"layers.{i}.self_attn.indexer." for i, unused in enumerate(shared) if unused)
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
         self.wanted = wanted(self.config)
@@ -202,7 +203,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""
         if "rotary_emb.inv_freq" in name or mtp_layer_of_weight(self.config, name) is not None:
             return True
-        return ".indexer." in name and self.index_shared[int(name.split(".layers.")[1].split(".")[0])]
+        return any(indexer in name for indexer in self.unused_indexers)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a published checkpoint's tensors; returns the names of the parameters that were set.

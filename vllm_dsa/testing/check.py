@@ -37,7 +37,8 @@ def check_select(
     selected = torch.full((case.tokens, case.top_k), -7, dtype=torch.int32, device=device)
     kernels.select(*step, selected)
     rows = range(case.tokens)
-    own = [kernels.scores(*step, row) for row in rows] if hasattr(kernels, "scores") else None
+    scores = getattr(kernels, "scores", None)
+    own = [scores(*step, row) for row in rows] if scores else None
     ref = [reference.scores(*step, row) for row in rows]
     eps = [compare.score_error(*step, row, compare.SCORE_ERROR[accumulation]) for row in rows]
     compare.check_selection(selected, own, ref, case.top_k, eps)

@@ -19,8 +19,11 @@ HOST = "127.0.0.1"
 # Nothing is fetched and nothing reported; CPU servers need the size of their cache (GiB), GPU servers ignore it.
 SERVE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 GRACE_S = 10
-# "KeyError: ..." at the start of a line, or after vLLM's "(Worker pid=1) ERROR 01-31 12:00:00 [file.py:1] ".
-_ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE)
+# "KeyError: ..." at the start of a line, or after vLLM's "(Worker pid=1) ERROR 01-31 12:00:00 [file.py:1] "; pydantic's
+# ValidationError says what is wrong in the next line.
+_ERROR = re.compile(
+    r"^(?:\(.*?\) ERROR .*?\] )?((?:\w+\.)*\w+(?:Error|Exception): .*(?:\n +Value error, .*)?)$", re.MULTILINE
+)
 # A machine's proxy settings are not for its own loopback address.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -59,7 +62,7 @@ def serve(
     model: str | Path,
     *args: str,
     env: Mapping[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     log_path: Path | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[Server]:
@@ -75,7 +78,7 @@ def running(
     command: Sequence[str],
     port: int,
     env: Mapping[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     log_path: Path | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[Server]:

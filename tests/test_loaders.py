@@ -1,0 +1,132 @@
+"""vLLM's ways to load weights, each with the FP8 planted checkpoint: the answer shows that every weight is in place."""
+
+import shutil
+import weakref
+
+import pytest
+import torch
+from engine import engine, load, unloaded
+from fp8_bytes import read
+from test_planted import answers, questions, words
+from tiny_checkpoint import write_planted, write_random
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+from vllm_dsa.checkpoint import CheckpointError
+
+THREADS = {"enable_multithread_load": True, "num_threads": 4}
+WEIGHTS = shutil.ignore_patterns("*.safetensors", "*.index.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("planted")
+    write_planted(path, fp8=True, check=False)  # test_fp8.py checks it against transformers
+    return path
+
+
+def given_and_right(path, **options):
+    asked = questions((400,))
+    with engine(path, max_num_batched_tokens=512, **options) as running:
+        return [words(tokens) for tokens in answers(running, asked)], [answer for _, answer in asked]
+
+
+def test_multithreaded(folder):
+    given, right = given_and_right(folder, model_loader_extra_config=THREADS)
+    assert given == right
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"safetensors_load_strategy": "eager"}, {"model_loader_extra_config": THREADS}]
+)
+def test_every_loader_sets_the_same_parameters(folder, options):
+    with unloaded(folder) as (model, config):
+        expected = load(model, config)
+    with unloaded(folder, **options) as (model, config):
+        found = load(model, config)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert not any(tensor.isnan().any() for tensor in found.values())
+
+
+def test_sharded_state(folder, tmp_path):
+    """W_UK and W_UV are no part of the state: they come from kv_b_proj, whichever loader has set it.
+
+    The state is that of a model before vLLM's CPU path packs its weights: a running CPU engine has no others to save.
+    """
+    target = shutil.copytree(folder, tmp_path / "sharded", ignore=WEIGHTS)
+    with unloaded(folder) as (model, config):
+        load(model, config)
+        ShardedStateLoader.save_model(model, str(target), max_size=2**21)
+    assert len(list(target.glob("model-rank-0-part-*.safetensors"))) > 1
+    given, right = given_and_right(target, load_format="sharded_state")
+    assert given == right
+
+
+def test_sharded_state_that_lacks_a_weight_is_refused(folder, tmp_path):
+    """As one that a CPU engine has saved: vLLM's CPU path drops the weights that it packs."""
+    target = shutil.copytree(folder, tmp_path / "sharded", ignore=WEIGHTS)
+    with unloaded(folder) as (model, config):
+        load(model, config)
+        model.model.layers[1].self_attn.kv_b_proj.weight.data = torch.empty(0)
+        ShardedStateLoader.save_model(model, str(target))
+    with unloaded(target, load_format="sharded_state") as (model, config):
+        with pytest.raises(ValueError, match=r"Missing keys.*layers\.1\.self_attn\.kv_b_proj\.weight"):
+            load(model, config)
+
+
+def test_dummy(folder, tmp_path):
+    """No weights at all: the model runs, and its answers are chance."""
+    target = shutil.copytree(folder, tmp_path / "dummy", ignore=WEIGHTS)
+    given, right = given_and_right(target, load_format="dummy")
+    assert len(given) == len(right) and given != right
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="fastsafetensors installs from PyPI (0.5.0), but vLLM 0.32 and 0.33 load through it to cuda:N only",
+)
+@pytest.mark.gpu
+def test_fastsafetensors(folder):
+    pytest.importorskip("fastsafetensors")
+    given, right = given_and_right(folder, load_format="fastsafetensors")
+    assert given == right
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_weights_are_consumed_one_by_one(tmp_path, fp8):
+    """The loader gives an iterator, so that a checkpoint need not fit in memory: few of its tensors live at once."""
+    write_random(tmp_path, fp8=fp8, num_hidden_layers=2)
+    stored = read(tmp_path)
+    alive: dict[str, weakref.ref] = {}
+    most = 0
+
+    def stream():
+        nonlocal most
+        for name in sorted(stored):  # a weight just before its scales, as the published index has them
+            for gone in [key for key, tensor in alive.items() if tensor() is None]:
+                del alive[gone]
+            most = max(most, len(alive))
+            tensor = stored[name].clone()
+            alive[name] = weakref.ref(tensor)
+            yield name, tensor
+            del tensor
+
+    with unloaded(tmp_path) as (model, _):
+        loaded = model.load_weights(stream())
+        assert loaded == {name for name, _ in model.named_parameters()}
+    assert len(stored) > 100 and 1 <= most <= 4, most
+
+
+def test_a_later_load_may_bring_some_weights(folder):
+    """Weight updates in place, as reinforcement learning does them; the first load must be complete."""
+    norm = "model.layers.1.input_layernorm.weight"
+    with unloaded(folder) as (model, config):
+        with pytest.raises(CheckpointError, match="lacks"):
+            model.load_weights(
+                [(norm, torch.ones(128)), ("model.layers.0.self_attn.indexer.k_norm.bias", torch.ones(128))]
+            )
+        load(model, config)
+        assert model.load_weights([(norm, torch.full((128,), 3.0))]) == {norm}
+        assert (model.model.layers[1].input_layernorm.weight == 3).all()
+        with pytest.raises(CheckpointError, match=rf"{norm} has shape \(64,\), config.json asks for \(128,\)"):
+            model.load_weights([(norm, torch.ones(64))])

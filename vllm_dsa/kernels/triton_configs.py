@@ -1,0 +1,101 @@
+"""Block sizes of the Triton kernels for each chip and shape, and where each was measured; what they can serve.
+
+Imports no Triton, so that dispatch can ask. A chip counts as the newest of ARCHS that is not newer than it. Tensors of
+Triton's interpreter are on the CPU: they count as sm80.
+"""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dsa import envs
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may use
+
+
+@dataclass(frozen=True)
+class Write:
+    """write_keys and write_queries: warps, and heads a program."""
+
+    key_warps: int
+    query_warps: int
+    index_heads: int
+    heads: int
+    hardware_e4m3: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """select's scores. fp8_dot: multiply codes as they are, which sums less exactly than float16 (measured: sm90)."""
+
+    block_keys: int
+    group_rows: int
+    spread_rows: int
+    warps: int
+    stages: int
+    fp8_dot: bool
+    hardware_e4m3: bool
+
+
+@dataclass(frozen=True)
+class Attend:
+    """attend. The splits follow from the layer's shape, never from the batch: the results' bits depend on them."""
+
+    block_heads: int
+    block_keys: int
+    warps: int
+    stages: int
+    splits: int
+    split_keys: int
+    whole_rows: int
+    merge_heads: int
+    hardware_e4m3: bool
+
+
+def arch(device: torch.device) -> int:
+    """The entry of ARCHS that a tensor's device counts as."""
+    if device.type == "cpu":
+        return 80
+    return arch_of(_capability(device.index))
+
+
+def arch_of(capability: tuple[int, int]) -> int:
+    """The entry of ARCHS that a compute capability counts as."""
+    version = capability[0] * 10 + capability[1]
+    return max(known for known in ARCHS if known <= version)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _hardware(chip: int) -> bool:
+    return chip >= 89 and not envs.VLLM_DSA_SOFTWARE_E4M3
+
+
+def write(device: torch.device) -> Write:
+    """Measured: nowhere yet."""
+    return Write(key_warps=4, query_warps=4, index_heads=16, heads=16, hardware_e4m3=_hardware(arch(device)))
+
+
+def score(device: torch.device) -> Score:
+    """Measured: nowhere yet."""
+    chip = arch(device)
+    hardware = _hardware(chip)
+    if chip in (90, 100):
+        return Score(128, 32, 64, warps=4, stages=3, fp8_dot=hardware, hardware_e4m3=hardware)
+    return Score(64, 32, 64, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
+
+
+def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
+    """Measured: nowhere yet."""
+    chip = arch(device)
+    block_heads = 16
+    block_keys, warps, stages = 32, 8, 1
+    splits = 8 if top_k >= 1024 else 4 if top_k >= 256 else 1
+    split_keys = -(-top_k // (splits * block_keys)) * block_keys
+    return Attend(block_heads, block_keys, warps, stages, splits, split_keys, 128, 4, _hardware(chip))
