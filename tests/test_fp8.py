@@ -124,7 +124,7 @@ def test_pairs_come_in_any_order():
 def test_damaged_pairs_are_refused_by_name():
     (weight, scale), (other_weight, other_scale) = pair("a.weight"), pair("b.weight")
     for alone, missing in ((weight, "a.weight_scale_inv"), (scale, "a.weight")):
-        with pytest.raises(CheckpointError, match=rf"{alone[0]}' has no partner '{missing}'.*download it again"):
+        with pytest.raises(CheckpointError, match=rf"{alone[0]}' has no FP8 partner '{missing}'.*Download"):
             list(quant.dequantised([other_scale, alone, other_weight], torch.float32))
     wrong = ("a.weight_scale_inv", torch.ones(1, 1))
     with pytest.raises(CheckpointError, match=r"a.weight_scale_inv: shape \(1, 1\) .*\(130, 4\).*\(2, 1\) blocks"):

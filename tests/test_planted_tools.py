@@ -1,7 +1,6 @@
 """The planted checkpoint with tools, in transformers: what it answers, what it calls, and that DSA decides."""
 
 import json
-import math
 
 import planted_tools
 import pytest
@@ -108,7 +107,6 @@ def test_bfloat16_and_other_sizes(tmp_path, monkeypatch):
         text = prompt.text[: prompt.text.rindex("What")]
         answer, margin = tiny.ask(model, f"{tiny.USER}{text}What is {code}?{TAILS[True]}", max_tokens=24)
         assert (answer, margin > 5) == (THOUGHT + planted_tools.call_text(code), True)
-        assert math.isfinite(margin)
 
 
 def test_call_is_the_markup_of_the_chat_encoding():

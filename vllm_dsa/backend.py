@@ -62,11 +62,17 @@ class DSABuilder(AttentionMetadataBuilder[DSAMetadata]):
                 query_starts=common.query_start_loc[: requests + 1],
                 seq_lens=common.seq_lens[:requests],
                 host_starts=host_starts.tolist(),
-                host_ends=common.seq_lens_cpu_upper_bound[:requests].tolist(),
+                host_ends=_host_ends(common, requests),
                 decode_rows=self.reorder_batch_threshold,
                 **facts,
             )
         return DSAMetadata(rows=rows, slots=common.slot_mapping, num_tokens=common.num_actual_tokens)
+
+
+def _host_ends(common: Any, requests: int) -> list[int]:
+    """Upper bounds of the requests' lengths as host ints; graph capture may bring none for each."""
+    bounds = common.seq_lens_cpu_upper_bound
+    return [common.max_seq_len] * requests if bounds is None else bounds[:requests].tolist()
 
 
 class DSABackend(AttentionBackend):

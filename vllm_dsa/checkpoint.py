@@ -199,15 +199,17 @@ def check(folder: Path, hf_config: Any) -> None:
         _check_shape(name, tensor.shape, asked)
         if tensor.dtype == "F8_E4M3":
             _check_quantised(name, asked)
+    unlisted = {file.name for file in folder.glob("*.safetensors")} - {tensor.file.name for tensor in stored.values()}
+    hint = f" ({INDEX_FILE} does not name {_some(sorted(unlisted))})" if unlisted else ""
+    _check_complete(stored, asked.required, hint)
     _check_pairs({name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}, stored, asked)
-    _check_complete(stored, asked.required)
 
 
 def inspected(
     weights: Iterable[tuple[str, Any]], asked: Wanted, required: Collection[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Pass tensors on as they come. Raises CheckpointError at the first of a wrong shape, and at the end if some of
-    ``required`` did not come."""
+    """Pass tensors on as they come. Raises CheckpointError at the first of a wrong shape, and at the end if there are
+    ``required`` ones and not all of them came, or not both of an FP8 pair."""
     seen, quantised = set(), set()
     for name, tensor in weights:
         _check_shape(name, tuple(tensor.shape), asked)
@@ -217,8 +219,8 @@ def inspected(
         seen.add(name)
         yield name, tensor
     if required:
+        _check_complete(seen, required)
         _check_pairs(quantised, seen, asked)
-    _check_complete(seen, required)
 
 
 def refuse_indexer(folder: Path) -> None:
@@ -255,13 +257,20 @@ def _check_pairs(quantised: Collection[str], names: Collection[str], asked: Want
     alone = [name for name in quantised if name + SCALE_SUFFIX not in names]
     alone += [n for n in names if n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) not in quantised]
     if alone:
-        raise CheckpointError(
-            f"checkpoint tensor {_some(sorted(alone))} has no partner: an FP8 weight and its {SCALE_SUFFIX[1:]} belong "
-            f"together. {AGAIN}"
-        )
+        raise unpaired(alone)
 
 
-def _check_complete(names: Collection[str], required: Collection[str]) -> None:
+def unpaired(alone: Collection[str]) -> CheckpointError:
+    """The error for FP8 weights that came without scales, and scales that came without FP8 weights."""
+    name = min(alone)
+    partner = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
+    return CheckpointError(
+        f"checkpoint tensor {name!r} has no FP8 partner {partner!r} ({len(alone)} such tensors): an FP8 weight and its "
+        f"scales belong together. {AGAIN}"
+    )
+
+
+def _check_complete(names: Collection[str], required: Collection[str], hint: str = "") -> None:
     missing = [name for name in required if name not in names]
     if not missing:
         return
@@ -274,8 +283,8 @@ def _check_complete(names: Collection[str], required: Collection[str]) -> None:
     layers = sorted({int(name.split(".")[2]) for name in missing if name.startswith("model.layers.")})
     where = f" of layers {_some(layers)}" if layers else ""
     raise CheckpointError(
-        f"the checkpoint lacks {len(missing)} of {len(required)} tensors{where}: {_some(missing)}. Check that "
-        f"config.json is of the same model and that {INDEX_FILE} names every file, or download the checkpoint again."
+        f"the checkpoint lacks {len(missing)} of {len(required)} tensors{where}: {_some(missing)}{hint}. Check that "
+        f"config.json is of the same model, or download the checkpoint again."
     )
 
 

@@ -172,8 +172,9 @@ def flash_mla_schedule() -> Any:
     return get_mla_metadata()[0]
 
 
-def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule: Any) -> tuple[Any, Any]:
-    """Values [rows, 1, N, 512] and log-sum-exp [rows, N, 1] of query [rows, 1, N, 576] over fp8_ds_mla slots."""
+def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule: Any, out: Any) -> tuple[Any, Any]:
+    """Values [rows, 1, N, 512], in out where given, and log-sum-exp [rows, N, 1] of query [rows, 1, N, 576] over
+    fp8_ds_mla slots."""
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache
 
     return flash_mla_with_kvcache(
@@ -188,12 +189,12 @@ def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule:
         causal=False,
         is_fp8_kvcache=True,
         indices=slots,
+        out=out,
     )
 
 
-def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: Any) -> tuple[Any, Any]:
-    """Values [rows, N, 512] and natural log-sum-exp [rows, N] of query [rows, N, 576] over latents [n, 1, 576]."""
+def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: Any, out: Any) -> Any:
+    """Natural log-sum-exp [rows, N] of query [rows, N, 576] over latents [n, 1, 576]; values go to out [rows, N, 512]."""
     from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd
 
-    values, _, lse = flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid)
-    return values, lse
+    return flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid, out=out)[2]

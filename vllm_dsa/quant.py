@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError
+from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, unpaired
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 METHOD = "dsa_fp8_dequantised"
@@ -110,9 +110,4 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype)
         base = partner if is_scale else name
         yield base, dequantise(weight, scale, dtype, base)
     if waiting:
-        name = sorted(waiting)[0]
-        missing = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
-        raise CheckpointError(
-            f"checkpoint tensor {name!r} has no partner {missing!r} ({len(waiting)} such tensors): an FP8 weight and "
-            f"its scales belong together. The checkpoint is incomplete: download it again."
-        )
+        raise unpaired(waiting)

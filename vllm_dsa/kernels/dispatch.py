@@ -114,8 +114,8 @@ def choose(request: Request) -> Kernels:
         )
     chosen: dict[str, Provider] = {}
     refused: dict[str, list[str]] = {}  # "provider: reason" -> operations
-    for op in OPS:
-        for provider in PROVIDERS:
+    for provider in PROVIDERS:
+        for op in OPS:
             reasons = refusals(provider, op, request, forced)
             if not reasons:
                 chosen.setdefault(op, provider)

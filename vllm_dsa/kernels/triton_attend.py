@@ -87,8 +87,8 @@ def _attend_kernel(
         part_total = tl.zeros([BLOCK_H], tl.float32)
         part = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
         for start in range(split * SPLIT_KEYS, tl.minimum((split + 1) * SPLIT_KEYS, count), BLOCK_K):
-            place = start + tl.arange(0, BLOCK_K)
-            position = tl.load(chosen + place, mask=place < count, other=-1)
+            key = start + tl.arange(0, BLOCK_K)
+            position = tl.load(chosen + key, mask=key < count, other=-1)
             known = position >= 0
             position = tl.where(known, position, 0)
             page = tl.load(table + position // BLOCK_SIZE, mask=known, other=0)
@@ -107,9 +107,9 @@ def _attend_kernel(
             else:
                 latents = tl.load(at[:, None] + dim[None, :], mask=known[:, None] & in_r[None, :], other=0.0)
                 rotated = at + RANK
-            keys = tl.load(rotated[:, None] + dim_p[None, :], mask=known[:, None] & in_p[None, :], other=0.0)
+            rope_keys = tl.load(rotated[:, None] + dim_p[None, :], mask=known[:, None] & in_p[None, :], other=0.0)
             logits = tl.dot(q, tl.trans(latents), input_precision="ieee")
-            logits = tl.dot(q_rope, tl.trans(keys.to(q_rope.dtype)), logits, input_precision="ieee")
+            logits = tl.dot(q_rope, tl.trans(rope_keys.to(q_rope.dtype)), logits, input_precision="ieee")
             logits = tl.where(known[None, :], logits * row_scale[:, None], float("-inf"))
 
             new = tl.maximum(part_top, tl.max(logits, axis=1))
@@ -130,9 +130,9 @@ def _attend_kernel(
         place = (row * SPLITS + first_split) * HEADS + head
         tl.store(part_sums + place * 2, top, mask=in_h)
         tl.store(part_sums + place * 2 + 1, total, mask=in_h)
-        target = part_values + place[:, None] * RANK + dim[None, :]
         some = (top > float("-inf")) & in_h
-        tl.store(target, values, mask=some[:, None] & in_r[None, :])
+        part_target = part_values + place[:, None] * RANK + dim[None, :]
+        tl.store(part_target, values, mask=some[:, None] & in_r[None, :])
 
 
 @triton.jit

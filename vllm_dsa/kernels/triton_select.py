@@ -48,21 +48,21 @@ def _score_kernel(
             page = tl.load(block_table + request.to(tl.int64) * table_stride + key // BLOCK_SIZE, mask=known, other=0)
             start = index_cache + page.to(tl.int64) * page_stride  # [BLOCK_N]
             offset = key % BLOCK_SIZE
-            inside = known[:, None] & (dim < DIM)[None, :]
-            keys = tl.load(start[:, None] + (offset * DIM)[:, None] + dim[None, :], mask=inside, other=0)
+            in_keys = known[:, None] & (dim < DIM)[None, :]
+            key_codes = tl.load(start[:, None] + (offset * DIM)[:, None] + dim[None, :], mask=in_keys, other=0)
             scales = (start + BLOCK_SIZE * DIM).to(tl.pointer_type(tl.float32), bitcast=True)
-            scale = tl.load(scales + offset, mask=known, other=0.0)
-            keys = keys.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(keys, HARDWARE)
+            scale = tl.load(scales + offset, mask=known, other=0.0) * UNIT
+            keys = key_codes.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(key_codes, HARDWARE)
             first = row.to(tl.int64)
             queries, row_weights = codes + first * (HEADS * DIM), weights + first * HEADS
             row_scores = scores + (first - first_row) * scores_stride + key
+            in_query = (head < HEADS)[:, None] & (dim < DIM)[None, :]
             for r in range(0, end - row):
-                inside = (head < HEADS)[:, None] & (dim < DIM)[None, :]
-                query = tl.load(queries + (r * HEADS + head[:, None]) * DIM + dim[None, :], mask=inside, other=0)
-                query = query.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(query, HARDWARE)
+                query_codes = tl.load(queries + (r * HEADS + head[:, None]) * DIM + dim[None, :], mask=in_query, other=0)
+                query = query_codes.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(query_codes, HARDWARE)
                 weight = tl.load(row_weights + r * HEADS + head, mask=head < HEADS, other=0.0)
                 dots = tl.dot(keys, tl.trans(query))  # [BLOCK_N, BLOCK_H]
-                found = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], axis=1) * (scale * UNIT)
+                found = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], axis=1) * scale
                 tl.store(row_scores + r * scores_stride, found, mask=key < tl.load(lengths + row + r))
         row = end
 

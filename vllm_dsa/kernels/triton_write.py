@@ -113,6 +113,20 @@ def _write_keys_kernel(
 
 
 @triton.jit
+def _turn_heads(source, stride, head, HEADS, angles, ROPE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rows head [n] of source, float32 [n, BLOCK], the first ROPE of their DIM dims turned; 0 past HEADS and DIM."""
+    dim = tl.arange(0, BLOCK)
+    inside, turned = (head < HEADS)[:, None], dim < ROPE
+    other, pair, first = _partner(dim, ROPE, INTERLEAVED)
+    rows = source + head[:, None] * stride
+    x = tl.load(rows + dim[None, :], mask=inside & (dim < DIM)[None, :], other=0.0).to(tl.float32)
+    partner = tl.load(rows + other[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
+    cos = tl.load(angles + pair, mask=turned, other=1.0)
+    sin = tl.load(angles + ROPE // 2 + pair, mask=turned, other=0.0)
+    return _turn(x, partner, cos[None, :], sin[None, :], first[None, :])
+
+
+@triton.jit
 def _write_queries_kernel(
     rope_query, index_query, head_weights, cos_sin, positions, query, codes, weights, weight_scale,
     rope_stride_t, rope_stride_h, index_stride_t, index_stride_h, weight_stride, angle_stride,
@@ -125,34 +139,20 @@ def _write_queries_kernel(
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     angles = cos_sin + tl.load(positions + token) * angle_stride
     if block < INDEX_BLOCKS:
-        head = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        dim = tl.arange(0, BLOCK_D)
-        in_h, in_d, turned = head < INDEX_HEADS, dim < DIM, dim < ROPE
-        other, pair, first = _partner(dim, ROPE, INTERLEAVED)
-        source = index_query + token * index_stride_t + head[:, None] * index_stride_h
-        x = tl.load(source + dim[None, :], mask=in_h[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        partner = tl.load(source + other[None, :], mask=in_h[:, None] & turned[None, :], other=0.0).to(tl.float32)
-        cos = tl.load(angles + pair, mask=turned, other=1.0)
-        sin = tl.load(angles + ROPE // 2 + pair, mask=turned, other=0.0)
-        x = _turn(x, partner, cos[None, :], sin[None, :], first[None, :])
+        index_head, dim = block * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+        source = index_query + token * index_stride_t
+        x = _turn_heads(source, index_stride_h, index_head, INDEX_HEADS, angles, ROPE, DIM, BLOCK_D, INTERLEAVED)
         found, scale = _quantise_index(x, HARDWARE)
-        target = codes + (token * INDEX_HEADS + head[:, None]) * DIM + dim[None, :]
-        tl.store(target, found, mask=in_h[:, None] & in_d[None, :])
-        weight = tl.load(head_weights + token * weight_stride + head, mask=in_h, other=0.0).to(tl.float32)
-        tl.store(weights + token * INDEX_HEADS + head, weight * scale * weight_scale, mask=in_h)
+        in_h = index_head < INDEX_HEADS
+        target = codes + (token * INDEX_HEADS + index_head[:, None]) * DIM + dim[None, :]
+        tl.store(target, found, mask=in_h[:, None] & (dim < DIM)[None, :])
+        weight = tl.load(head_weights + token * weight_stride + index_head, mask=in_h, other=0.0).to(tl.float32)
+        tl.store(weights + token * INDEX_HEADS + index_head, weight * scale * weight_scale, mask=in_h)
     else:
-        head = (block - INDEX_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        dim = tl.arange(0, BLOCK_P)
-        inside = (head < HEADS)[:, None] & (dim < ROPE)[None, :]
-        other, pair, first = _partner(dim, ROPE, True)
-        source = rope_query + token * rope_stride_t + head[:, None] * rope_stride_h
-        x = tl.load(source + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-        partner = tl.load(source + other[None, :], mask=inside, other=0.0).to(tl.float32)
-        cos = tl.load(angles + pair, mask=dim < ROPE, other=0.0)
-        sin = tl.load(angles + ROPE // 2 + pair, mask=dim < ROPE, other=0.0)
-        x = _turn(x, partner, cos[None, :], sin[None, :], first[None, :])
-        target = query + token * query_stride_t + head[:, None] * query_stride_h + RANK + dim[None, :]
-        tl.store(target, x.to(query.dtype.element_ty), mask=inside)
+        head, dim_p = (block - INDEX_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+        y = _turn_heads(rope_query + token * rope_stride_t, rope_stride_h, head, HEADS, angles, ROPE, ROPE, BLOCK_P, True)
+        target_p = query + token * query_stride_t + head[:, None] * query_stride_h + RANK + dim_p[None, :]
+        tl.store(target_p, y.to(query.dtype.element_ty), mask=(head < HEADS)[:, None] & (dim_p < ROPE)[None, :])
 
 
 def write_keys(

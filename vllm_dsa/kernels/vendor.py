@@ -232,10 +232,12 @@ def _attend_decodes(
     if "flash_mla" not in rows.step:
         rows.step["flash_mla"] = flash_mla_schedule()
     slots = to_slots(selected, rows, slice(0, len(selected)), rows.block_size)
+    direct = out.unsqueeze(1) if heads == padded.shape[1] else None
     values, lse = flash_mla_decode(
-        padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"]
+        padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"], direct
     )
-    out.copy_(values[:, 0, :heads])
+    if direct is None:
+        out.copy_(values[:, 0, :heads])
     return lse[:, :heads, 0]
 
 
@@ -271,13 +273,8 @@ def _attend_rows(
 ) -> torch.Tensor:
     from vllm_dsa.compat import flash_mla_prefill
 
-    query = query[:, : out.shape[1]]
-    if not query.is_contiguous():
-        query = query.contiguous()
     valid = lengths.clamp(max=at.shape[1])
-    values, lse = flash_mla_prefill(query, latents.unsqueeze(1), at.unsqueeze(1), scale, valid)
-    out.copy_(values)
-    return lse
+    return flash_mla_prefill(query[:, : out.shape[1]], latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out)
 
 
 def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -191,13 +191,13 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """(parameter, checkpoint tensor, expert, shard) of every routed expert's weight."""
         return expert_params_mapping(self, self.config.n_routed_experts)
 
-    def _awaited(self, vllm_config: Any) -> frozenset[str]:
+    def _awaited(self, vllm_config: Any) -> tuple[str, ...]:
         """Names of the tensors that the first load must bring."""
         if self.wanted is None or vllm_config.load_config.load_format == "dummy":
-            return frozenset()
+            return ()
         if vllm_config.parallel_config.enable_expert_parallel:  # vLLM does not read other ranks' experts
-            return frozenset(name for name in self.wanted.required if ".mlp.experts." not in name)
-        return frozenset(self.wanted.required)
+            return tuple(name for name in self.wanted.required if ".mlp.experts." not in name)
+        return tuple(self.wanted.required)
 
     def _is_skipped(self, name: str) -> bool:
         """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""
@@ -239,7 +239,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             loaded.add(name)
             # While the next one is dequantised, this one would else be there too.
             del tensor, args
-        self.awaited = frozenset()
+        self.awaited = ()
         return loaded
 
 

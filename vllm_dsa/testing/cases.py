@@ -111,6 +111,7 @@ CASES = (
     Case("at key tiles", ((511, 1), (512, 1), (510, 4), (1023, 3), (1535, 2))),
     Case("one token", ((0, 1),)),
     Case("no request", (), padding_rows=4),
+    Case("no row", ()),
     Case("block of 48", ((500, 70), (47, 1)), block_size=48),
     Case("block of 256", ((300, 20), (3, 2)), block_size=256),
     Case("top_k 64", ((0, 200), (90, 1)), top_k=64),
