@@ -28,6 +28,7 @@ test-full: setup
 lint: setup
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 
 format: setup
 	$(python) -m ruff check --fix .

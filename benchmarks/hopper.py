@@ -21,11 +21,11 @@ GATE = """
 import sys
 sys.path[:0] = {paths!r}
 from tiny_checkpoint import build_prompt, build_tokenizer, chat_text, write_planted
-write_planted({model!r}, check=False, dtype="bfloat16", index_topk=64, num_attention_heads={heads}, index_n_heads=64)
+write_planted({model!r}, check=False, dtype="bfloat16", index_topk=128, num_attention_heads={heads}, index_n_heads=64)
 from vllm import LLM, SamplingParams
 llm = LLM({model!r}, dtype="bfloat16", max_model_len=8192, kv_cache_dtype={cache!r}, gpu_memory_utilization=0.3,
           compilation_config={{"cudagraph_capture_sizes": [1, 8, 32]}})
-prompts = [build_prompt(n, n, chat=True, copies=64) for n in (700, 1500, 3000, 6000)]
+prompts = [build_prompt(n, n, chat=True, copies=128) for n in (1200, 3000, 6000)]
 ids = [build_tokenizer().encode(chat_text(p.text), add_special_tokens=False).ids for p in prompts]
 outputs = llm.generate([{{"prompt_token_ids": i}} for i in ids], SamplingParams(max_tokens=4, temperature=0))
 given = [o.outputs[0].text.strip() for o in outputs]

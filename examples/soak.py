@@ -37,7 +37,7 @@ SERVE_ARGS = (
     f"--max-model-len={MAX_MODEL_LEN}",
     f"--block-size={BLOCK_SIZE}",
     f"--num-gpu-blocks-override={BLOCKS}",
-    "--max-num-batched-tokens=512",
+    "--max-num-batched-tokens=64",
     "--enforce-eager",
     "--enable-prompt-tokens-details",
     "--disable-uvicorn-access-log",

@@ -155,9 +155,7 @@ class Sources:
     def version(self) -> str:
         found = self.find("vllm._version", "__version__")
         if found is None or not isinstance(found.node, ast.Assign):
-            raise ValueError(
-                f"{self.folder} has no vllm/_version.py with a version in it. Name a folder with vllm/ in it."
-            )
+            raise ValueError(f"{self.folder} has no vllm/_version.py. Name a folder with vllm/ in it.")
         return ast.literal_eval(found.node.value)
 
     def _path(self, module: str) -> Path | None:

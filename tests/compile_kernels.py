@@ -49,8 +49,9 @@ class Shape:
     def __str__(self) -> str:
         cached = "fp8_ds_mla" if self.fp8 else str(self.dtype).removeprefix("torch.")
         return (
-            f"{cached} heads {self.heads}, latent {self.rank}+{self.rope_dim}, index {self.index_heads}x{self.index_dim}"
-            f"{' interleaved' if self.interleaved else ''}, top_k {self.top_k}, block {self.block_size}"
+            f"{cached} heads {self.heads}, latent {self.rank}+{self.rope_dim}, "
+            f"index {self.index_heads}x{self.index_dim}{' interleaved' if self.interleaved else ''}, "
+            f"top_k {self.top_k}, block {self.block_size}"
         )
 
 

@@ -79,7 +79,8 @@ def dense(layer: Any) -> dict[str, Any]:
 def sliding_window(layer: Any) -> dict[str, Any]:
     return {
         "kernels": Patched(
-            layer.kernels, select=_select_by(lambda codes, weights, cache, rows, row: torch.arange(int(rows.lengths[row])))
+            layer.kernels,
+            select=_select_by(lambda codes, weights, cache, rows, row: torch.arange(int(rows.lengths[row]))),
         )
     }
 

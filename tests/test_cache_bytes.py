@@ -39,7 +39,9 @@ class Wanted:
             return round_index(x)
 
         def recorded_latent(latent, rope_key):
-            self.latents.append((latent.reshape(-1, LATENTS).numpy(), rope_key.reshape(-1, ROPE).numpy()))
+            # transformers puts the two values of each pair half a row apart; the cache has them side by side.
+            pairs = rope_key.reshape(-1, 2, ROPE // 2).mT
+            self.latents.append((latent.reshape(-1, LATENTS).numpy(), pairs.reshape(-1, ROPE).numpy()))
             return round_latent(latent, rope_key)
 
         monkeypatch.setattr(oracle, "round_index", recorded_index)
@@ -87,29 +89,35 @@ def nearest(values: np.ndarray) -> np.ndarray:
     return finite[right - (np.abs(values - table[right - 1]) < np.abs(values - table[right]))]
 
 
-def check_codes(codes: np.ndarray, scales: np.ndarray, values: np.ndarray, ratio: np.ndarray) -> None:
+# Layer 0 sees equal inputs. A code that falls to the other side there is noise in the inputs of all later layers; of
+# values near zero, whose codes lie close together, such noise can move more than one code.
+NOISE = (1e-6, 2**-12, 2**-12)  # of the largest value
+
+
+def check_codes(codes: np.ndarray, scales: np.ndarray, values: np.ndarray, ratio: np.ndarray, noise: float) -> None:
     """Codes [..., n] and scales [...] against values [..., n]; each scale the power of two from ``ratio`` up."""
     mantissa, _ = np.frexp(scales)
     assert (mantissa == 0.5).all(), "a scale is no power of two"
     exponent = np.log2(ratio)
     expected = np.exp2(np.ceil(exponent))
     # Two float32 implementations may stand on either side of a power of two.
-    border = np.abs(exponent - np.round(exponent)) < 1e-4
+    border = np.abs(exponent - np.round(exponent)) < 4 * noise
     assert (border | (scales == expected)).all(), "a scale is not the least power of two"
     assert np.isfinite(E4M3[codes]).all()
     off = np.abs(ordinal(codes) - ordinal(nearest(values / scales[..., None])))
-    assert off.max() <= 1, f"{(off > 1).sum()} codes are off by up to {off.max()}"
+    error = np.abs(E4M3[codes] * scales[..., None] - values) / np.abs(values).max()
+    assert ((off <= 1) | (error <= noise)).all(), f"{(off > 1).sum()} codes are off by up to {off.max()}"
     assert (off > 0).mean() < 0.02, f"{(off > 0).mean():.1%} of the codes are off by one"
 
 
-def check_slots(layer, keys, latents, rotated, slots) -> None:
+def check_slots(layer, keys, latents, rotated, slots, noise=NOISE[0]) -> None:
     """One layer's bytes at ``slots`` against the oracle's values of the tokens in them."""
     codes, scales = index_pages(layer_bytes(layer.indexer.cache.kv_cache))
-    check_codes(codes[slots], scales[slots], keys, np.maximum(np.abs(keys).max(-1), 1e-4) / 448)
+    check_codes(codes[slots], scales[slots], keys, np.maximum(np.abs(keys).max(-1), 1e-4) / 448, noise)
     codes, scales, rope = latent_rows(layer_bytes(layer.kv_cache).reshape(-1, ROW_BYTES))
     groups = latents.reshape(-1, LATENTS // GROUP, GROUP)
-    check_codes(codes[slots], scales[slots], groups, np.maximum(np.abs(groups).max(-1) / 448, 1e-4))
-    assert np.allclose(rope[slots], rotated, rtol=2**-8, atol=1e-5)
+    check_codes(codes[slots], scales[slots], groups, np.maximum(np.abs(groups).max(-1) / 448, 1e-4), noise)
+    assert np.allclose(rope[slots], rotated, rtol=2**-8, atol=noise * np.abs(rotated).max())
 
 
 def layer_bytes(cache: torch.Tensor) -> np.ndarray:
@@ -149,35 +157,39 @@ class Slots:
 
         running.scheduler.schedule, runner._zero_block_ids = recorded, zeroed
 
-    def of(self, request: str, length: int) -> np.ndarray:
-        positions, pages = np.arange(length), np.array(self.pages[request])
+    def of(self, number: int, length: int) -> np.ndarray:
+        """Slots of the first ``length`` tokens of the request that came as ``number``."""
+        positions, pages = np.arange(length), np.array(list(self.pages.values())[number])
         return pages[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 def test_bytes_are_the_oracles(folder, monkeypatch):
-    asked = prompts(config_of(folder), multiples=(1 / 3, 2, 12))
+    asked = prompts(config_of(folder), multiples=(1 / 3, 12))
+    assert any(len(tokens) % BLOCK_SIZE for tokens in asked), "no page is partly filled"
+    # Each alone, then two of whole pages at once: the page of a finished request's last tokens is soon another's.
+    batches = [[tokens] for tokens in asked] + [[asked[-1], asked[-1][::-1]]]
     top_k = max(map(len, asked))  # no selection: a near tie that falls the other way would change all later layers
     wanted = Wanted(folder, monkeypatch, top_k)
-    with engine(folder, kv_cache_dtype="fp8_ds_mla", hf_overrides={"index_topk": top_k}) as running:
-        fill(running.layers)
-        assert running.layers[0].kv_cache.shape[1:] == (1, BLOCK_SIZE, ROW_BYTES)
-        assert running.layers[0].indexer.cache.kv_cache.shape[1:] == (1, BLOCK_SIZE, INDEX_DIM + 4)
-        slots = Slots(running)
-        given = running.prompt_logprobs(asked)
-        assert len(slots.pages) == len(asked)
-        written = []
-        by_length = {len(tokens): tokens for tokens in asked}
-        for (request, _), tokens, logprobs in zip(slots.pages.items(), asked, given, strict=True):
-            expected, keys, latents = wanted(tokens)
-            difference = (logprobs - expected).abs()
-            assert difference.median() <= LIMITS["fp8_ds_mla"][0], "poison was read"
-            where = slots.of(request, len(tokens))
-            written.append(where)
-            for layer, key, (latent, rotated) in zip(running.layers, keys, latents, strict=True):
-                check_slots(layer, key, latent, rotated, where)
-        assert len(by_length) == len(asked) and any(len(tokens) % BLOCK_SIZE for tokens in asked)
-        check_the_rest(running.layers, np.concatenate(written), slots.zeroed)
-        check_that_it_can_fail(running.layers[0], keys[0], *latents[0], where)
+    options = dict(hf_overrides={"index_topk": top_k}, num_gpu_blocks_override=100, max_model_len=512)
+    with engine(folder, kv_cache_dtype="fp8_ds_mla", **options) as running:
+        layers, slots = running.layers, Slots(running)
+        assert layers[0].kv_cache.shape[1:] == (1, BLOCK_SIZE, ROW_BYTES)
+        assert layers[0].indexer.cache.kv_cache.shape[1:] == (1, BLOCK_SIZE, INDEX_DIM + 4)
+        for batch in batches:
+            fill(layers)
+            slots.pages.clear()
+            slots.zeroed.clear()
+            assert running.llm.reset_prefix_cache()
+            given = running.prompt_logprobs(batch)
+            written = [slots.of(i, len(tokens)) for i, tokens in enumerate(batch)]
+            for tokens, where, logprobs in zip(batch, written, given, strict=True):
+                expected, keys, latents = wanted(tokens)
+                assert (logprobs - expected).abs().median() <= LIMITS["fp8_ds_mla"][0], "poison was read"
+                for layer, key, (latent, rotated), noise in zip(layers, keys, latents, NOISE, strict=True):
+                    check_slots(layer, key, latent, rotated, where, noise)
+            check_the_rest(layers, np.concatenate(written), slots.zeroed)
+        assert max(len(tokens) for tokens in asked) > 64 and len(running.steps) > len(batches), "not chunked"
+        check_that_it_can_fail(layers[0], keys[0], *latents[0], where)
 
 
 def check_the_rest(layers, written, zeroed) -> None:

@@ -88,8 +88,8 @@ def test_operations_are_chosen_one_by_one(monkeypatch):
     monkeypatch.setattr(dispatch, "PROVIDERS", (half, *dispatch.PROVIDERS))
     kernels = choose(ON_CPU)
     assert set(kernels.providers.values()) == {"cpu"}
-    refused = "half: it has no write (write); half: its top_k is too large (select, attend); half: it is Sunday (select, "
-    assert refused in kernels.summary
+    assert "half: it has no write (write); half: its top_k is too large (select, attend); " in kernels.summary
+    assert "half: it is Sunday (select, attend)" in kernels.summary
     kernels = choose(replace(ON_CPU, top_k=64))
     assert kernels.providers == {"write": "cpu", "select": "half", "attend": "half"}
     assert (kernels.write_keys, kernels.select) == (cpu.write_keys, reference.select)

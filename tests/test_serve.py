@@ -264,16 +264,6 @@ BAD_REQUESTS = {
     "tool without a name": (openai.BadRequestError, "tools.0.function.name", {"tools": [MALFORMED]}),
     "tools are no list": (openai.BadRequestError, "tools", {"tools": "look_up"}),
     "unknown response format": (openai.BadRequestError, "response_format", {"response_format": {"type": "xml"}}),
-    "schema of an unknown type": (
-        openai.BadRequestError,
-        "nonsense",
-        {
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": {"type": "nonsense"}},
-            }
-        },
-    ),
     "unknown named tool": (
         openai.BadRequestError,
         "tool_choice",
@@ -301,6 +291,18 @@ def test_bad_request_is_refused_and_the_server_goes_on(client, error, named, req
         client.chat.completions.create(**good | request_)
     prompt = build_prompt(300, 20, chat=True)
     assert chat(client, prompt).choices[0].message.content == prompt.answer
+
+
+def test_schema_that_no_grammar_can_follow(client):
+    """Refused by the grammar's compiler: HTTP 400, but in a stream an error event, as its status is sent by then."""
+    schema = {"name": "answer", "schema": {"type": "nonsense"}}
+    request = {"model": MODEL, "messages": [user("What is red?")]}
+    request["response_format"] = {"type": "json_schema", "json_schema": schema}
+    with pytest.raises(openai.BadRequestError, match="nonsense"):
+        client.chat.completions.create(**request)
+    with pytest.raises(openai.APIError, match="nonsense"):
+        list(client.chat.completions.create(**request, stream=True))
+    test_several_choices(client)
 
 
 def test_cached_tokens_are_reported(client):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vllm_dsa
-from vllm_dsa import compat
+from vllm_dsa import compat, envs
 from vllm_dsa.testing.server import vllm_command
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,22 @@ def test_extras_ask_for_supported_versions_of_vllm_only():
     lowest, above = re.findall(r"\d+\.\d+", cuda)
     assert lowest == compat.SUPPORTED[0]
     assert int(above.partition(".")[2]) == int(compat.SUPPORTED[-1].partition(".")[2]) + 1
+
+
+def test_the_changelog_begins_with_this_version():
+    headings = re.findall(r"^## \[(.+?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0][0] == vllm_dsa.__version__
+    assert all(date == "unreleased" or re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in headings)
+    assert "unreleased" not in [date for _, date in headings[1:]]
+
+
+def test_every_variable_is_told_in_the_readme_and_in_envs():
+    for text in ((ROOT / "README.md").read_text(), envs.__doc__):
+        assert set(re.findall(r"^\W*(VLLM_DSA_\w+)", text, re.MULTILINE)) == set(envs.TABLE)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_nothing_is_required_beside_the_vllm_that_is_there():

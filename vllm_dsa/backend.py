@@ -10,16 +10,9 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.compat import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    MultipleOf,
-    current_platform,
-)
+from vllm_dsa.compat import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
 from vllm_dsa.metadata import DeviceRows, Rows, build_rows
-from vllm_dsa.platform import BLOCK_SIZE_MULTIPLE, GPU_BLOCK_SIZE
-
+from vllm_dsa.platform import BLOCK_SIZE_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -96,10 +89,6 @@ class DSABackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return default_block_size if current_platform.is_cpu() else GPU_BLOCK_SIZE
 
     @classmethod
     def is_mla(cls) -> bool:

@@ -68,7 +68,8 @@ class DSAConfig:
     @property
     def softmax_scale(self) -> float:
         """MLA softmax scale: qk_head_dim^-0.5, times mscale^2 under YaRN."""
-        return self.qk_head_dim**-0.5 * yarn_mscale(self.rope) ** 2
+        scale: float = self.qk_head_dim**-0.5 * yarn_mscale(self.rope) ** 2
+        return scale
 
     @classmethod
     def from_hf(cls, hf_config: Any) -> "DSAConfig":

@@ -83,7 +83,8 @@ def check(vllm_config: Any) -> None:
             )
         cache_config.cache_dtype = cache.FP8_DS_MLA
     if not cache_config.user_specified_block_size and not compat.current_platform.is_cpu():
-        cache_config.block_size = GPU_BLOCK_SIZE
+        # As if asked for: vLLM would otherwise settle on the smallest size that both caches' backends take.
+        cache_config.block_size, cache_config.user_specified_block_size = GPU_BLOCK_SIZE, True
     block_size = cache_config.block_size
     if cache_config.user_specified_block_size and block_size % BLOCK_SIZE_MULTIPLE:
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -83,10 +84,10 @@ PROVIDERS = (
 class Kernels:
     """The chosen functions; their contracts are in ``vllm_dsa.kernels``."""
 
-    write_keys: Callable
-    write_queries: Callable
-    select: Callable
-    attend: Callable
+    write_keys: Callable[..., Any]
+    write_queries: Callable[..., Any]
+    select: Callable[..., Any]
+    attend: Callable[..., Any]
     query_heads: int  # heads to allocate attend's query with, at least num_heads
     providers: dict[str, str]  # operation -> provider
     summary: str

@@ -20,27 +20,95 @@ from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode
 from vllm_dsa.metadata import Rows
 
-LATENT_GROUP = tl.constexpr(cache.LATENT_GROUP)
 SCALE_BYTES = tl.constexpr(cache.SCALE_BYTES)
 
 
 @triton.jit
-def _merge(top, total, values, part_top, part_total, part_values):
-    """Running maximum [n], sum of weights [n] and weighted values [n, R] of two parts, as of one."""
-    new = tl.maximum(top, part_top)
-    at = tl.where(new == float("-inf"), 0.0, new)
-    keep, add = tl.exp2(top - at), tl.exp2(part_top - at)
-    values = tl.fma(part_values, add[:, None], values * keep[:, None])
-    return new, tl.fma(part_total, add, total * keep), values
+def _nothing(BLOCK_H: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """What attending to no key gives: maximum [n], sum of weights [n] and weighted values, GROUPS times [n, GROUP]."""
+    values = ()
+    for _ in tl.static_range(GROUPS):
+        values = values + (tl.zeros([BLOCK_H, GROUP], tl.float32),)
+    return tl.full([BLOCK_H], float("-inf"), tl.float32), tl.zeros([BLOCK_H], tl.float32), values
 
 
 @triton.jit
-def _finish(top, total, values):
-    """Output [n, R] and natural log-sum-exp [n]; 0 and -inf where nothing was selected."""
+def _merge(top, total, values, part_top, part_total, part, GROUPS: tl.constexpr):
+    """Two parts as one. Exact where either is of no key."""
+    new = tl.maximum(top, part_top)
+    at_least = tl.where(new == float("-inf"), 0.0, new)
+    keep, add = tl.exp2(top - at_least), tl.exp2(part_top - at_least)
+    merged = ()
+    for g in tl.static_range(GROUPS):
+        merged = merged + (tl.fma(part[g], add[:, None], values[g] * keep[:, None]),)
+    return new, tl.fma(part_total, add, total * keep), merged
+
+
+@triton.jit
+def _store(
+    top, total, values, out, lse, head,
+    HEADS: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Output at pointers out [n, 1] and natural log-sum-exp at lse [n]; 0 and -inf where no key was selected."""
     some = total > 0.0
     divisor = tl.where(some, total, 1.0)
-    lse = tl.where(some, (top + tl.log2(divisor)) * 0.6931471805599453, float("-inf"))
-    return values / divisor[:, None], lse
+    tl.store(lse, tl.where(some, (top + tl.log2(divisor)) * 0.6931471805599453, float("-inf")), mask=head < HEADS)
+    for g in tl.static_range(GROUPS):
+        dim = g * GROUP + tl.arange(0, GROUP)[None, :]
+        result = (values[g] / divisor[:, None]).to(out.dtype.element_ty)
+        tl.store(out + dim, result, mask=(head < HEADS)[:, None] & (dim < RANK))
+
+
+@triton.jit
+def _attend_part(
+    q, q_rope, row_scale, latent_cache, table, chosen, first, last, page_stride, row_stride,
+    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr,
+    COMPUTE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Attend to chosen[first:last]."""
+    within, dim_p = tl.arange(0, GROUP)[None, :], tl.arange(0, BLOCK_P)[None, :]
+    top, total, values = _nothing(BLOCK_H, GROUPS, GROUP)
+    for start in range(first, last, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        position = tl.load(chosen + key, mask=key < last, other=-1)
+        known = position >= 0
+        position = tl.where(known, position, 0)
+        page = tl.load(table + position // BLOCK_SIZE, mask=known, other=0)
+        at = latent_cache + page.to(tl.int64) * page_stride + (position % BLOCK_SIZE) * row_stride  # [BLOCK_K]
+        if FP8:
+            scales = (at + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
+            rotated = (at + RANK + GROUPS * SCALE_BYTES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        else:
+            rotated = at + RANK
+        rope_keys = tl.load(rotated[:, None] + dim_p, mask=known[:, None] & (dim_p < ROPE), other=0.0)
+        logits = tl.dot(q_rope, tl.trans(rope_keys.to(q_rope.dtype)), input_precision="ieee")
+        latents = ()
+        for g in tl.static_range(GROUPS):
+            if FP8:
+                codes = tl.load(at[:, None] + g * GROUP + within, mask=known[:, None], other=0)
+                scale = tl.load(scales + g, mask=known, other=0.0)
+                scale = (scale if HARDWARE else scale * 256.0).to(COMPUTE)
+                latent = decode(codes, HARDWARE).to(COMPUTE) * scale[:, None]
+            else:
+                dim = g * GROUP + within
+                latent = tl.load(at[:, None] + dim, mask=known[:, None] & (dim < RANK), other=0.0)
+            logits = tl.dot(q[g], tl.trans(latent), logits, input_precision="ieee")
+            latents = latents + (latent,)
+        logits = tl.where(known[None, :], logits * row_scale[:, None], float("-inf"))
+
+        new = tl.maximum(top, tl.max(logits, axis=1))
+        at_least = tl.where(new == float("-inf"), 0.0, new)
+        keep = tl.exp2(top - at_least)
+        weights = tl.exp2(logits - at_least[:, None])
+        total = total * keep + tl.sum(weights, axis=1)
+        summed = ()
+        for g in tl.static_range(GROUPS):
+            kept = values[g] * keep[:, None]
+            summed = summed + (tl.dot(weights.to(latents[g].dtype), latents[g], kept, input_precision="ieee"),)
+        values = summed
+        top = new
+    return top, total, values
 
 
 @triton.jit(do_not_specialize=["splits_each"])
@@ -49,117 +117,90 @@ def _attend_kernel(
     scale, splits_each, query_stride_t, query_stride_h, page_stride, row_stride, table_stride, selected_stride,
     out_stride_t, out_stride_h,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8: tl.constexpr, HARDWARE: tl.constexpr, COMPUTE: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr, HARDWARE: tl.constexpr, COMPUTE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads, run of splits_each splits); scale is in units of log2."""
     row = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
     first_split = tl.program_id(1) * splits_each
-    in_h = head < HEADS
-    dim, dim_p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
-    in_r, in_p = dim < RANK, dim_p < ROPE
+    in_h, dim_p = (head < HEADS)[:, None], tl.arange(0, BLOCK_P)[None, :]
 
     source = query + row * query_stride_t + head[:, None] * query_stride_h
-    q = tl.load(source + dim[None, :], mask=in_h[:, None] & in_r[None, :], other=0.0)
-    q_rope = tl.load(source + RANK + dim_p[None, :], mask=in_h[:, None] & in_p[None, :], other=0.0)
+    q_rope = tl.load(source + RANK + dim_p, mask=in_h & (dim_p < ROPE), other=0.0)
     row_scale = tl.full([BLOCK_H], 1.0, tl.float32) * scale
+    q = ()
+    for g in tl.static_range(GROUPS):
+        dim = g * GROUP + tl.arange(0, GROUP)[None, :]
+        q = q + (tl.load(source + dim, mask=in_h & (dim < RANK), other=0.0),)
     if FP8:
-        amax = tl.maximum(
-            tl.max(tl.abs(q.to(tl.float32)), axis=1), tl.max(tl.abs(q_rope.to(tl.float32)), axis=1)
-        )
+        amax = tl.max(tl.abs(q_rope.to(tl.float32)), axis=1)
+        for g in tl.static_range(GROUPS):
+            amax = tl.maximum(amax, tl.max(tl.abs(q[g].to(tl.float32)), axis=1))
         exponent = tl.minimum(tl.maximum(amax.to(tl.int32, bitcast=True) >> 23, 64), 190)
-        down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         row_scale = row_scale * (exponent << 23).to(tl.float32, bitcast=True)
-        q = (q.to(tl.float32) * down[:, None]).to(COMPUTE)
-        q_rope = (q_rope.to(tl.float32) * down[:, None]).to(tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE)
+        down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        q_rope = (q_rope.to(tl.float32) * down).to(tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE)
+        scaled = ()
+        for g in tl.static_range(GROUPS):
+            scaled = scaled + ((q[g].to(tl.float32) * down).to(COMPUTE),)
+        q = scaled
 
     count = tl.minimum(tl.load(lengths + row), TOP_K)  # no row selects more
     table = block_table + tl.load(requests + row).to(tl.int64) * table_stride
     chosen = selected + row * selected_stride
-
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    for split in range(first_split, first_split + splits_each):
-        part_top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-        part_total = tl.zeros([BLOCK_H], tl.float32)
-        part = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-        for start in range(split * SPLIT_KEYS, tl.minimum((split + 1) * SPLIT_KEYS, count), BLOCK_K):
-            key = start + tl.arange(0, BLOCK_K)
-            position = tl.load(chosen + key, mask=key < count, other=-1)
-            known = position >= 0
-            position = tl.where(known, position, 0)
-            page = tl.load(table + position // BLOCK_SIZE, mask=known, other=0)
-            at = latent_cache + page.to(tl.int64) * page_stride + (position % BLOCK_SIZE) * row_stride  # [BLOCK_K]
-            if FP8:
-                group, within = tl.arange(0, BLOCK_R // LATENT_GROUP), tl.arange(0, LATENT_GROUP)
-                byte = group[:, None] * LATENT_GROUP + within[None, :]
-                codes = tl.load(at[:, None, None] + byte[None, :, :], mask=known[:, None, None], other=0)
-                scales = (at + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
-                each = tl.load(scales[:, None] + group[None, :], mask=known[:, None], other=0.0)
-                each = (each if HARDWARE else each * 256.0).to(COMPUTE)
-                latents = tl.reshape(decode(codes, HARDWARE).to(COMPUTE) * each[:, :, None], [BLOCK_K, BLOCK_R])
-                rotated = (at + RANK + BLOCK_R // LATENT_GROUP * SCALE_BYTES).to(
-                    tl.pointer_type(tl.bfloat16), bitcast=True
-                )
-            else:
-                latents = tl.load(at[:, None] + dim[None, :], mask=known[:, None] & in_r[None, :], other=0.0)
-                rotated = at + RANK
-            rope_keys = tl.load(rotated[:, None] + dim_p[None, :], mask=known[:, None] & in_p[None, :], other=0.0)
-            logits = tl.dot(q, tl.trans(latents), input_precision="ieee")
-            logits = tl.dot(q_rope, tl.trans(rope_keys.to(q_rope.dtype)), logits, input_precision="ieee")
-            logits = tl.where(known[None, :], logits * row_scale[:, None], float("-inf"))
-
-            new = tl.maximum(part_top, tl.max(logits, axis=1))
-            at_least = tl.where(new == float("-inf"), 0.0, new)
-            keep = tl.exp2(part_top - at_least)
-            p = tl.exp2(logits - at_least[:, None])
-            part_total = part_total * keep + tl.sum(p, axis=1)
-            part = tl.dot(p.to(latents.dtype), latents, part * keep[:, None], input_precision="ieee")
-            part_top = new
-        top, total, values = _merge(top, total, values, part_top, part_total, part)
+    if SPLITS == 1:
+        top, total, values = _attend_part(
+            q, q_rope, row_scale, latent_cache, table, chosen, 0, count, page_stride, row_stride,
+            RANK, ROPE, BLOCK_SIZE, FP8, HARDWARE, COMPUTE, GROUPS, GROUP, BLOCK_H, BLOCK_P, BLOCK_K,
+        )  # fmt: skip
+    else:
+        top, total, values = _nothing(BLOCK_H, GROUPS, GROUP)
+        for split in range(first_split, first_split + splits_each):
+            part_top, part_total, part = _attend_part(
+                q, q_rope, row_scale, latent_cache, table, chosen,
+                split * SPLIT_KEYS, tl.minimum((split + 1) * SPLIT_KEYS, count), page_stride, row_stride,
+                RANK, ROPE, BLOCK_SIZE, FP8, HARDWARE, COMPUTE, GROUPS, GROUP, BLOCK_H, BLOCK_P, BLOCK_K,
+            )  # fmt: skip
+            top, total, values = _merge(top, total, values, part_top, part_total, part, GROUPS)
 
     if splits_each == SPLITS:
-        result, sums = _finish(top, total, values)
-        target = out + row * out_stride_t + head[:, None] * out_stride_h + dim[None, :]
-        tl.store(target, result.to(out.dtype.element_ty), mask=in_h[:, None] & in_r[None, :])
-        tl.store(lse + row * HEADS + head, sums, mask=in_h)
+        target = out + row * out_stride_t + head[:, None] * out_stride_h
+        _store(top, total, values, target, lse + row * HEADS + head, head, HEADS, RANK, GROUPS, GROUP)
     else:
         place = (row * SPLITS + first_split) * HEADS + head
-        tl.store(part_sums + place * 2, top, mask=in_h)
-        tl.store(part_sums + place * 2 + 1, total, mask=in_h)
-        some = (top > float("-inf")) & in_h
-        part_target = part_values + place[:, None] * RANK + dim[None, :]
-        tl.store(part_target, values, mask=some[:, None] & in_r[None, :])
+        tl.store(part_sums + place * 2, top, mask=head < HEADS)
+        tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
+        some = (top > float("-inf"))[:, None] & in_h
+        for g in tl.static_range(GROUPS):
+            part_dim = g * GROUP + tl.arange(0, GROUP)[None, :]
+            tl.store(part_values + place[:, None] * RANK + part_dim, values[g], mask=some & (part_dim < RANK))
 
 
 @triton.jit
 def _merge_kernel(
     part_values, part_sums, out, lse, out_stride_t, out_stride_h,
-    HEADS: tl.constexpr, RANK: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads)."""
     row = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    dim = tl.arange(0, BLOCK_R)
-    in_h, in_r = head < HEADS, dim < RANK
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    in_h = head < HEADS
+    top, total, values = _nothing(BLOCK_H, GROUPS, GROUP)
     for split in range(0, SPLITS):
         place = (row * SPLITS + split) * HEADS + head
         part_top = tl.load(part_sums + place * 2, mask=in_h, other=float("-inf"))
         part_total = tl.load(part_sums + place * 2 + 1, mask=in_h, other=0.0)
-        some = part_top > float("-inf")  # of the others no values were stored
-        part = tl.load(part_values + place[:, None] * RANK + dim[None, :], mask=some[:, None] & in_r[None, :], other=0.0)
-        top, total, values = _merge(top, total, values, part_top, part_total, part)
-    result, sums = _finish(top, total, values)
-    target = out + row * out_stride_t + head[:, None] * out_stride_h + dim[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=in_h[:, None] & in_r[None, :])
-    tl.store(lse + row * HEADS + head, sums, mask=in_h)
+        some = (part_top > float("-inf"))[:, None]  # of the others no values were stored
+        part = ()
+        for g in tl.static_range(GROUPS):
+            dim = g * GROUP + tl.arange(0, GROUP)[None, :]
+            part = part + (tl.load(part_values + place[:, None] * RANK + dim, mask=some & (dim < RANK), other=0.0),)
+        top, total, values = _merge(top, total, values, part_top, part_total, part, GROUPS)
+    target = out + row * out_stride_t + head[:, None] * out_stride_h
+    _store(top, total, values, target, lse + row * HEADS + head, head, HEADS, RANK, GROUPS, GROUP)
 
 
 def attend(
@@ -178,6 +219,7 @@ def attend(
     fp8 = latent_cache.dtype == torch.uint8
     top_k, rope_dim = selected.shape[1], query.shape[2] - rank
     config = triton_configs.attend(out.device, latent_cache.dtype, query.dtype, heads, top_k)
+    group = min(cache.LATENT_GROUP, triton.next_power_of_2(rank))
     head_blocks = triton.cdiv(heads, config.block_heads)
     together = config.splits == 1 or tokens * head_blocks >= config.whole_rows
     if together:
@@ -211,9 +253,10 @@ def attend(
         FP8=fp8,
         HARDWARE=config.hardware_e4m3,
         COMPUTE=tl.float32 if query.dtype == torch.float32 else tl.float16,
+        GROUPS=triton.cdiv(rank, group),
+        GROUP=group,
         HEAD_BLOCKS=head_blocks,
         BLOCK_H=config.block_heads,
-        BLOCK_R=triton.next_power_of_2(rank),
         BLOCK_P=max(16, triton.next_power_of_2(rope_dim)),
         BLOCK_K=config.block_keys,
         SPLITS=config.splits,
@@ -232,9 +275,10 @@ def attend(
             *out.stride()[:2],
             HEADS=heads,
             RANK=rank,
+            GROUPS=triton.cdiv(rank, group),
+            GROUP=group,
             HEAD_BLOCKS=blocks,
             BLOCK_H=merge_heads,
-            BLOCK_R=triton.next_power_of_2(rank),
             SPLITS=config.splits,
             num_warps=4,
         )

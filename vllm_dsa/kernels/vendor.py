@@ -55,8 +55,9 @@ def refusals(request: Any) -> list[str]:
         reasons.append(f"FlashMLA attends with {', '.join(map(str, HEADS))} heads a rank, not {request.num_heads}")
     if request.block_size != PAGE:
         reasons.append(f"its pages hold {PAGE} tokens, not {request.block_size}: pass --block-size {PAGE}")
-    if request.top_k % 64:
-        reasons.append(f"FlashMLA reads selections of a multiple of 64, index_topk is {request.top_k}")
+    multiple = 128 if request.num_heads >= 64 else 64
+    if request.top_k % multiple:
+        reasons.append(f"FlashMLA reads selections of a multiple of {multiple} here, index_topk is {request.top_k}")
     if request.dtype != torch.bfloat16:
         reasons.append(f"FlashMLA computes in bfloat16, the model is {request.dtype}")
     from vllm_dsa.compat import vendor_refusals

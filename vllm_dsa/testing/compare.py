@@ -103,7 +103,7 @@ def check_caches(
     untouched[pages, offsets] = False
     assert_same_bits("latent rows not written to", latent[untouched], want_latent[untouched])
     for plane, want_plane, name in zip(planes, want_planes, ("codes", "scales"), strict=True):
-        got, want = (_bytes(x)[untouched] for x in (plane, want_plane))
+        got, want = (_bytes(x)[untouched.cpu()] for x in (plane, want_plane))
         assert_same_bits(f"index {name} not written to", got, want)
 
 
