@@ -2,8 +2,8 @@
 
     python examples/soak.py [--minutes 60] [--requests 20000]     exit status 0 if so; prints a JSON summary
 
-A prompt has 100 to 1,500 tokens, mostly few. Every second request streams, every fourth asks about a text that was
-sent before (its blocks may be cached, or evicted since), every tenth hangs up while it is answered. The KV cache is
+A prompt has 100 to 1,500 tokens, mostly few. Half of the requests stream, a fifth want a long answer, a tenth hang up,
+and every fourth asks about a text that was sent before (its blocks may be cached, or evicted since). The KV cache is
 small, so that requests wait for it, evict each other's blocks and are preempted. Traffic comes in rounds; between two
 the server is idle, its KV cache must be free, and its processes are measured, all together.
 """
@@ -13,31 +13,31 @@ import http.client
 import json
 import random
 import re
+import resource
 import statistics
 import sys
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tiny_checkpoint import CODES, EOS, build_prompt, write_planted
+from tiny_checkpoint import CODES, EOS, FILLERS, build_prompt, write_planted
 
 from vllm_dsa.testing.server import HOST, Server, ServerError, exit_on_sigterm, group_members, serve
 
 MODEL = "planted"
-MAX_MODEL_LEN, BLOCK_SIZE, BLOCKS = 2048, 16, 256
+STEP_TOKENS, BLOCK_SIZE, BLOCKS = 64, 16, 160
 SERVE_ARGS = (
     f"--served-model-name={MODEL}",
     "--dtype=float32",
-    f"--max-model-len={MAX_MODEL_LEN}",
+    "--max-model-len=2048",
+    f"--max-num-batched-tokens={STEP_TOKENS}",
     f"--block-size={BLOCK_SIZE}",
     f"--num-gpu-blocks-override={BLOCKS}",
-    "--max-num-batched-tokens=64",
     "--enforce-eager",
     "--enable-prompt-tokens-details",
     "--disable-uvicorn-access-log",
@@ -45,11 +45,13 @@ SERVE_ARGS = (
 # One thread for the model, on any core: of two cores, the other is for the API server, the scheduler and the clients.
 SERVE_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 CLIENTS = 16
-ROUND = 100  # requests
-WARM_UP = 0.25  # of the samples: caches fill, and allocators find their size
+ROUND = 50  # requests
+WARM_UP = 0.25  # of the samples
 MAX_SLOPE = 1.0  # MB of resident memory per 1,000 requests
 IDLE_S = 10
 LONG = 100  # tokens of a long answer
+MIN_SAMPLES, MAX_PROBLEMS = 8, 20
+LOG = Path(__file__).parents[1] / ".demo" / "soak.log"
 
 
 class Ask(NamedTuple):
@@ -132,17 +134,28 @@ def _reply(chunks: list[dict[str, Any]]) -> Reply:
     return Reply(text.strip(), usage["prompt_tokens"], (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
 
 
+def is_right(ask: Ask, text: str) -> bool:
+    """Is this the answer and, as far as more tokens were asked for, its last word again and again?"""
+    words = ask.answer.split()
+    wanted = [*words, EOS, *[words[-1], EOS] * ask.tokens][: ask.tokens] if ask.tokens else words
+    return text.replace(EOS, f" {EOS} ").split() == wanted
+
+
 def metric(server: Server, name: str) -> float:
-    """Value of one of vLLM's Prometheus metrics, summed over its labels."""
+    """One of vLLM's Prometheus metrics, summed over its labels."""
     with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as response:
         text = response.read().decode()
-    return sum(float(value) for value in re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+    values = re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    if not values:
+        raise ServerError(f"no metric vllm:{name} at {server.base_url}/metrics")
+    return sum(float(value) for value in values)
 
 
-def wait_until_idle(server: Server) -> bool:
-    """Do the KV blocks of a server that nobody asks anything become free in time?"""
-    deadline = time.monotonic() + IDLE_S
-    while metric(server, "kv_cache_usage_perc") or metric(server, "num_requests_running"):
+def becomes_idle(server: Server, seconds: float = IDLE_S) -> bool:
+    """Does the server, which nobody asks anything, have nothing to do and all KV blocks free in time?"""
+    deadline = time.monotonic() + seconds
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    while any(metric(server, name) for name in names):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
@@ -153,4 +166,92 @@ def measure(server: Server, requests: int) -> Sample:
     """Memory and open files of the server's processes."""
     processes = [Path("/proc", str(pid)) for pid in group_members(server.pid)]
     pages = sum(int((process / "statm").read_text().split()[1]) for process in processes)
-    return Sample(requests, pages * 4096 / 1e6, sum(len(list((process / "fd").iterdir())) for process in processes))
+    files = sum(len(list((process / "fd").iterdir())) for process in processes)
+    return Sample(requests, pages * resource.getpagesize() / 1e6, files)
+
+
+def slope(samples: Sequence[Sample], field: str) -> float:
+    """Growth of a field per 1,000 requests: the median over all pairs of samples (Theil and Sen)."""
+    pairs = combinations(samples, 2)
+    return 1000 * statistics.median(
+        (getattr(b, field) - getattr(a, field)) / (b.requests - a.requests) for a, b in pairs
+    )
+
+
+def warm_up(server: Server) -> None:
+    """A step of every size: vLLM's CPU linears keep code (0.3 MB) for each number of tokens they have met."""
+    rng = random.Random(0)
+    for tokens in range(1, STEP_TOKENS):
+        send(server.port, Ask(" ".join(rng.choices(FILLERS, k=tokens)), "", tokens=1))  # and BOS
+
+
+def soak(server: Server, minutes: float, max_slope: float = MAX_SLOPE, seed: int = 0) -> dict[str, Any]:
+    """Rounds of traffic for so many minutes. Returns what was measured, and ``problems``: none if all is well."""
+    samples: list[Sample] = []
+    problems: list[str] = []
+    hung_up = prompt_tokens = cached_tokens = 0
+    asks = traffic(seed)
+    warm_up(server)
+    start = time.monotonic()
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        while len(problems) < MAX_PROBLEMS and (time.monotonic() < start + 60 * minutes or len(samples) < MIN_SAMPLES):
+            asked = list(islice(asks, ROUND))
+            replies = list(clients.map(lambda ask: send(server.port, ask), asked))
+            for ask, reply in zip(asked, replies, strict=True):
+                hung_up += reply.text is None
+                prompt_tokens += reply.prompt_tokens
+                cached_tokens += reply.cached_tokens
+                if reply.text is not None and not is_right(ask, reply.text):
+                    problems.append(f"answered {reply.text!r} where {ask.answer!r} is right: {ask.text!r}")
+            if not becomes_idle(server):
+                problems.append(
+                    f"{metric(server, 'kv_cache_usage_perc'):.0%} of the KV cache is not free {IDLE_S} s later"
+                )
+            samples.append(measure(server, ROUND * (len(samples) + 1)))
+            if len(samples) % 20 == 0:
+                print(f"{time.monotonic() - start:.0f} s: {samples[-1]}, {len(problems)} problems", file=sys.stderr)
+    seconds, requests = time.monotonic() - start, samples[-1].requests
+    settled = samples[int(WARM_UP * len(samples)) :]
+    memory_slope, file_slope = slope(settled, "memory"), slope(settled, "files")
+    if memory_slope >= max_slope:
+        problems.append(f"memory grows by {memory_slope:.2f} MB per 1,000 requests; allowed: below {max_slope}")
+    if file_slope >= 1:
+        problems.append(f"open files grow by {file_slope:.1f} per 1,000 requests; allowed: below 1")
+    return {
+        "seconds": round(seconds),
+        "requests": requests,
+        "requests_per_s": round(requests / seconds, 2),
+        "checked": requests - hung_up,
+        "hung_up": hung_up,
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": cached_tokens,
+        "preemptions": int(metric(server, "num_preemptions_total")),
+        "memory_mb": [round(sample.memory, 1) for sample in (samples[0], settled[0], settled[-1])],
+        "memory_mb_per_1000": round(memory_slope, 3),
+        "files": [sample.files for sample in (samples[0], settled[0], settled[-1])],
+        "files_per_1000": round(file_slope, 3),
+        "problems": problems,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--requests", type=int, default=20_000, help="fewer in that time are a problem")
+    args = parser.parse_args()
+    exit_on_sigterm()
+    with TemporaryDirectory() as folder:
+        write_planted(folder)
+        LOG.parent.mkdir(exist_ok=True)
+        with serve(folder, *SERVE_ARGS, env=SERVE_ENV, log_path=LOG) as server:
+            report = soak(server, args.minutes)
+    if report["requests"] < args.requests:
+        report["problems"].append(
+            f"{report['requests']} requests in {args.minutes:g} minutes; asked for: {args.requests}"
+        )
+    print(json.dumps(report, indent=2))
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

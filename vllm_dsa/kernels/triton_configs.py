@@ -29,11 +29,15 @@ class Write:
 
 @dataclass(frozen=True)
 class Score:
-    """select's scores. fp8_dot: multiply codes as they are, which sums less exactly than float16 (measured: sm90)."""
+    """select's scores. fp8_dot: multiply codes as they are, which sums less exactly than float16 (measured: sm90).
+
+    Up to spread_rows rows each are a group of their own. programs: about how many share the work.
+    """
 
     block_keys: int
     group_rows: int
     spread_rows: int
+    programs: int
     warps: int
     stages: int
     fp8_dot: bool
@@ -87,15 +91,14 @@ def score(device: torch.device) -> Score:
     chip = arch(device)
     hardware = _hardware(chip)
     if chip in (90, 100):
-        return Score(128, 32, 64, warps=4, stages=3, fp8_dot=hardware, hardware_e4m3=hardware)
-    return Score(64, 32, 64, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
+        return Score(128, 32, 64, 8192, warps=4, stages=3, fp8_dot=hardware, hardware_e4m3=hardware)
+    return Score(64, 32, 64, 8192, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
 
 
 def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
     """Measured: nowhere yet."""
     chip = arch(device)
-    block_heads = 16
-    block_keys, warps, stages = 32, 8, 1
+    block_heads, block_keys, warps, stages = 16, 32, 8, 2
     splits = 8 if top_k >= 1024 else 4 if top_k >= 256 else 1
     split_keys = -(-top_k // (splits * block_keys)) * block_keys
     return Attend(block_heads, block_keys, warps, stages, splits, split_keys, 128, 4, _hardware(chip))

@@ -29,41 +29,41 @@ def _score_kernel(
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HARDWARE: tl.constexpr, FP8_DOT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MAX_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Programs (group of rows, tile of BLOCK_N keys); scores [rows, scores_stride] of rows longer than ``least``."""
+    """Programs (group of rows, every so manieth tile of BLOCK_N keys); scores [rows, scores_stride] of rows longer than
+    ``least``."""
     row = first_row + tl.program_id(0) * group_rows
     last = tl.minimum(row + group_rows, end_row)
-    key = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    head, dim = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    member = tl.arange(0, MAX_GROUP)
+    head, dim, member = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, MAX_GROUP)
+    in_h, in_d = head < HEADS, (dim < DIM)[None, :]
     UNIT: tl.constexpr = 1.0 if HARDWARE else 65536.0  # queries and keys may be decoded to 2^-8 of their value
     while row < last:
         # The rows from here on that share a request share the keys.
-        request = tl.load(requests + row)
+        request = tl.load(requests + row).to(tl.int64)
         others = tl.load(requests + row + member, mask=row + member < last, other=-1) != request
-        end = row + tl.min(tl.where(others, member, MAX_GROUP), axis=0)
-        end = tl.minimum(end, last)
+        end = tl.minimum(row + tl.min(tl.where(others, member, MAX_GROUP), axis=0), last)
         longest = tl.max(tl.load(lengths + row + member, mask=row + member < end, other=0), axis=0)
-        if longest > tl.maximum(least, tl.program_id(1) * BLOCK_N):
+        longest = tl.where(longest > least, longest, 0)
+        first = row.to(tl.int64)
+        queries, row_weights = codes + first * (HEADS * DIM), weights + first * HEADS
+        row_scores = scores + (first - first_row) * scores_stride
+        for start in range(tl.program_id(1) * BLOCK_N, longest, tl.num_programs(1) * BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
             known = key < longest
-            page = tl.load(block_table + request.to(tl.int64) * table_stride + key // BLOCK_SIZE, mask=known, other=0)
-            start = index_cache + page.to(tl.int64) * page_stride  # [BLOCK_N]
+            page = tl.load(block_table + request * table_stride + key // BLOCK_SIZE, mask=known, other=0)
+            base = index_cache + page.to(tl.int64) * page_stride  # [BLOCK_N]
             offset = key % BLOCK_SIZE
-            in_keys = known[:, None] & (dim < DIM)[None, :]
-            key_codes = tl.load(start[:, None] + (offset * DIM)[:, None] + dim[None, :], mask=in_keys, other=0)
-            scales = (start + BLOCK_SIZE * DIM).to(tl.pointer_type(tl.float32), bitcast=True)
+            key_codes = tl.load((base + offset * DIM)[:, None] + dim[None, :], mask=known[:, None] & in_d, other=0)
+            scales = (base + BLOCK_SIZE * DIM).to(tl.pointer_type(tl.float32), bitcast=True)
             scale = tl.load(scales + offset, mask=known, other=0.0) * UNIT
             keys = key_codes.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(key_codes, HARDWARE)
-            first = row.to(tl.int64)
-            queries, row_weights = codes + first * (HEADS * DIM), weights + first * HEADS
-            row_scores = scores + (first - first_row) * scores_stride + key
-            in_query = (head < HEADS)[:, None] & (dim < DIM)[None, :]
             for r in range(0, end - row):
-                query_codes = tl.load(queries + (r * HEADS + head[:, None]) * DIM + dim[None, :], mask=in_query, other=0)
+                places = queries + (r * HEADS + head[:, None]) * DIM + dim[None, :]
+                query_codes = tl.load(places, mask=in_h[:, None] & in_d, other=0)
                 query = query_codes.to(tl.float8e4nv, bitcast=True) if FP8_DOT else decode(query_codes, HARDWARE)
-                weight = tl.load(row_weights + r * HEADS + head, mask=head < HEADS, other=0.0)
+                weight = tl.load(row_weights + r * HEADS + head, mask=in_h, other=0.0)
                 dots = tl.dot(keys, tl.trans(query))  # [BLOCK_N, BLOCK_H]
                 found = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], axis=1) * scale
-                tl.store(row_scores + r * scores_stride, found, mask=key < tl.load(lengths + row + r))
+                tl.store(row_scores + r * scores_stride + key, found, mask=key < tl.load(lengths + row + r))
         row = end
 
 
@@ -183,7 +183,9 @@ def select(
     if not tokens:
         return
     chunk = max(1024, 2 * triton.next_power_of_2(top_k))
-    longest = max(rows.ends) if rows.ends else rows.block_table.shape[1] * rows.block_size
+    # Where all rows are decodes a captured graph may replay this for other lengths.
+    bound = rows.block_table.shape[1] * rows.block_size
+    longest = bound if rows.decodes >= tokens else max(rows.ends, default=bound)
     stride = 64 * triton.cdiv(max(1, longest), 64)
     tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride + 8 * chunk)))
     scored = torch.empty(tile, stride, dtype=torch.float32, device=out.device)
@@ -231,7 +233,8 @@ def _score(
     config = triton_configs.score(codes.device)
     # Few rows: spread over the chip. Many: a group reads its keys once.
     group = 1 if end - first <= config.spread_rows else config.group_rows
-    _score_kernel[(triton.cdiv(end - first, group), triton.cdiv(longest, config.block_keys))](
+    groups, tiles = triton.cdiv(end - first, group), triton.cdiv(longest, config.block_keys)
+    _score_kernel[(groups, min(tiles, triton.cdiv(config.programs, groups)))](
         codes.view(torch.uint8),
         weights,
         index_cache,
