@@ -84,14 +84,15 @@ def traffic(seed: int = 0) -> Iterator[Ask]:
     """Requests without end; the same ones for the same seed."""
     rng = random.Random(seed)
     for i in count():
+        long, stream, hang_up = (rng.random() < share for share in (0.2, 0.5, 0.1))
         if i % 4 == 3:  # one of 16 texts, which change after 400 requests
             text = rng.randrange(16)
             prompt = build_prompt(200 + 80 * text, seed=i // 400 * 16 + text, asked=rng.choice(CODES))
         else:
             length = int(100 * 15 ** rng.random() ** 3)
             codes = min(len(CODES), length // 16 - 1)
-            prompt = build_prompt(length, rng.randrange(10**9), codes=codes, hops=rng.choice((1, min(3, codes))))
-        long, stream, hang_up = (rng.random() < share for share in (0.2, 0.5, 0.1))
+            hops = 1 if long else rng.choice((1, min(3, codes)))  # of one hop we know how a long answer goes on
+            prompt = build_prompt(length, rng.randrange(10**9), codes=codes, hops=hops)
         yield Ask(prompt.text, prompt.answer, LONG if long or hang_up else 0, stream, hang_up)
 
 
@@ -135,10 +136,9 @@ def _reply(chunks: list[dict[str, Any]]) -> Reply:
 
 
 def is_right(ask: Ask, text: str) -> bool:
-    """Is this the answer and, as far as more tokens were asked for, its last word again and again?"""
-    words = ask.answer.split()
-    wanted = [*words, EOS, *[words[-1], EOS] * ask.tokens][: ask.tokens] if ask.tokens else words
-    return text.replace(EOS, f" {EOS} ").split() == wanted
+    """Is this the answer or, if more tokens were asked for, the answer again and again?"""
+    wanted = [ask.answer, EOS] * ask.tokens
+    return text.replace(EOS, f" {EOS} ").split() == (wanted[: ask.tokens] or ask.answer.split())
 
 
 def metric(server: Server, name: str) -> float:
@@ -202,7 +202,7 @@ def soak(server: Server, minutes: float, max_slope: float = MAX_SLOPE, seed: int
                 prompt_tokens += reply.prompt_tokens
                 cached_tokens += reply.cached_tokens
                 if reply.text is not None and not is_right(ask, reply.text):
-                    problems.append(f"answered {reply.text!r} where {ask.answer!r} is right: {ask.text!r}")
+                    problems.append(f"{ask.text[-200:]!r} was answered {reply.text[:100]!r}, not {ask.answer!r}")
             if not becomes_idle(server):
                 problems.append(
                     f"{metric(server, 'kv_cache_usage_perc'):.0%} of the KV cache is not free {IDLE_S} s later"

@@ -1,5 +1,11 @@
 """Fixtures that test files ask for by name."""
 
+import os
+
+# Before torch starts its threads: waiting ones sleep. Spinning, as is GNU OpenMP's way, they take the time that they
+# wait for as soon as anything else runs on the machine's cores, and tests of small tensors take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -178,7 +178,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("budget", ((0, 900), (5000, 70), (40_000, 1)), top_k=64, index_heads=16),
+        Case("budget", ((0, 600), (5000, 20), (20_000, 1)), top_k=64, index_heads=16),
         replace(V32, name="v32 budget", requests=((4090, 6), (9000, 1)), rank=16, rope_dim=16, heads=1),
     ],
     ids=lambda case: case.name,

@@ -182,30 +182,39 @@ def select(
     tokens, top_k = out.shape
     if not tokens:
         return
-    chunk = max(1024, 2 * triton.next_power_of_2(top_k))
     # Where all rows are decodes a captured graph may replay this for other lengths.
     bound = rows.block_table.shape[1] * rows.block_size
     longest = bound if rows.decodes >= tokens else max(rows.ends, default=bound)
     stride = 64 * triton.cdiv(max(1, longest), 64)
-    tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride + 8 * chunk)))
+    tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride + 8 * _chunk(top_k))))
     scored = torch.empty(tile, stride, dtype=torch.float32, device=out.device)
-    candidates = torch.empty(tile, 2, chunk, dtype=torch.int32, device=out.device)
     for first in range(0, tokens, tile):
         end = min(first + tile, tokens)
         if longest > top_k:
             _score(codes, weights, index_cache, rows, scored, first, end, top_k, longest)
-        _top_k_kernel[(end - first,)](
-            scored,
-            candidates,
-            rows.lengths,
-            out,
-            first,
-            stride,
-            out.stride(0),
-            TOP_K=top_k,
-            CHUNK=chunk,
-            num_warps=8,
-        )
+        top_k_rows(scored, rows.lengths[first:end], out[first:end])
+
+
+def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
+    """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
+    top_k, chunk = out.shape[1], _chunk(out.shape[1])
+    candidates = torch.empty(len(out), 2, chunk, dtype=torch.int32, device=out.device)
+    _top_k_kernel[(len(out),)](
+        scored,
+        candidates,
+        lengths,
+        out,
+        0,
+        scored.stride(0),
+        out.stride(0),
+        TOP_K=top_k,
+        CHUNK=chunk,
+        num_warps=8,
+    )
+
+
+def _chunk(top_k: int) -> int:
+    return max(1024, 2 * triton.next_power_of_2(top_k))
 
 
 def scores(codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int) -> torch.Tensor:

@@ -21,7 +21,13 @@ TOLERANCE = {
 # A value next to a rounding border may become the neighbouring e4m3 code; float32 noise does that to 1 in 1,000.
 CODES_THAT_MAY_DIFFER = 0.01
 # Error of an index score as a share of sum_h |w_h| |q_h| . |k|, by what the dots are accumulated in.
-SCORE_ERROR = {torch.float32: 2.0**-22}
+SCORE_ERROR = {
+    torch.float32: 2.0**-22,
+    # Tensor cores add exact products of two float16 in float32, but truncate where they align them.
+    torch.float16: 2.0**-18,
+    # Hopper's FP8 tensor cores keep about 14 bits when they align products; 128 dims are four such steps.
+    torch.float8_e4m3fn: 2.0**-11,
+}
 
 
 class Mismatch(AssertionError):
