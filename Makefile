@@ -1,4 +1,4 @@
-# make setup | demo | test | test-full | lint | format
+# make setup | demo | test | test-full | compile-all | soak | lint | format
 VENV ?= .venv
 PYTHON ?= python3
 export PYTHON TORCH_INDEX
@@ -6,7 +6,7 @@ export PYTHON TORCH_INDEX
 python := $(VENV)/bin/python
 stamp := $(VENV)/.vllm-dsa-setup
 
-.PHONY: setup demo test test-full lint format
+.PHONY: setup demo test test-full compile-all soak lint format
 .DEFAULT_GOAL := test
 
 setup: $(stamp)
@@ -24,6 +24,16 @@ test: setup
 
 test-full: setup
 	$(python) -m pytest -m "not gpu" $(ARGS)
+
+# An hour of traffic; prints what it measured.
+soak: setup
+	$(python) examples/soak.py $(ARGS)
+
+# Every shape of the Triton kernels for every chip, with the Triton of this environment and with that of torch 2.11.
+compile-all: setup
+	$(python) tests/compile_kernels.py --all
+	$(python) -m pip install -q --upgrade --no-deps --target build/triton-3.6 triton==3.6.0
+	PYTHONPATH=build/triton-3.6 $(python) tests/compile_kernels.py --all
 
 lint: setup
 	$(python) -m ruff check .

@@ -3,9 +3,9 @@
     python examples/demo.py [--tokens 3000]     exit status 0 if the answer is right
     python examples/demo.py --stock             the same with the plugin switched off: what stock vLLM says
 
-The checkpoint is the planted one of tiny_checkpoint.py, in block-scaled FP8 as DeepSeek publishes it. It answers from
-16 facts among thousands of filler words, and only if the sparse attention finds exactly those. The server uses a free
-port and is gone when this program ends.
+The checkpoint is the planted one of tiny_checkpoint.py, in bfloat16 and block-scaled FP8 as DeepSeek publishes it. It
+answers from 16 facts among thousands of filler words, and only if the sparse attention finds exactly those. The server
+uses a free port and is gone when this program ends.
 """
 
 import argparse
@@ -28,7 +28,6 @@ MODEL = "planted-deepseek-v3.2"
 MAX_LENGTH = 8192
 SERVE_ARGS = (
     f"--served-model-name={MODEL}",
-    "--dtype=float32",  # vLLM would round a float32 checkpoint to bfloat16
     f"--max-model-len={MAX_LENGTH}",
     "--tokenizer-mode=deepseek_v32",
 )
@@ -66,7 +65,7 @@ def write_checkpoint() -> None:
     sources = (generator, generator.with_name("checkpoint_files.py"), Path(__file__))
     if not written.exists() or written.stat().st_mtime < max(file.stat().st_mtime for file in sources):
         show("checkpoint", "writing it, and checking its answers with transformers ...")
-        command = [sys.executable, str(generator), "planted", str(CHECKPOINT), "--fp8"]
+        command = [sys.executable, str(generator), "planted", str(CHECKPOINT), "--fp8", "--dtype", "bfloat16"]
         env = {**os.environ, "TQDM_DISABLE": "1"}
         result = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         written.write_text(result.stdout.splitlines()[-1])

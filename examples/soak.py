@@ -30,7 +30,8 @@ from tiny_checkpoint import CODES, EOS, FILLERS, build_prompt, write_planted
 from vllm_dsa.testing.server import HOST, Server, ServerError, exit_on_sigterm, group_members, serve
 
 MODEL = "planted"
-STEP_TOKENS, BLOCK_SIZE, BLOCKS = 64, 16, 160
+TOP_K, STEP_TOKENS, BLOCK_SIZE, BLOCKS = 32, 64, 16, 160
+CHECKPOINT = {"index_topk": TOP_K}
 SERVE_ARGS = (
     f"--served-model-name={MODEL}",
     "--dtype=float32",
@@ -87,12 +88,13 @@ def traffic(seed: int = 0) -> Iterator[Ask]:
         long, stream, hang_up = (rng.random() < share for share in (0.2, 0.5, 0.1))
         if i % 4 == 3:  # one of 16 texts, which change after 400 requests
             text = rng.randrange(16)
-            prompt = build_prompt(200 + 80 * text, seed=i // 400 * 16 + text, asked=rng.choice(CODES))
+            shape = {"total_tokens": 300 + 75 * text, "seed": i // 400 * 16 + text, "copies": TOP_K}
+            prompt = build_prompt(**shape, asked=rng.choice(CODES))
         else:
             length = int(100 * 15 ** rng.random() ** 3)
-            codes = min(len(CODES), length // 16 - 1)
+            codes = min(len(CODES), length // TOP_K - 1)
             hops = 1 if long else rng.choice((1, min(3, codes)))  # of one hop we know how a long answer goes on
-            prompt = build_prompt(length, rng.randrange(10**9), codes=codes, hops=hops)
+            prompt = build_prompt(length, rng.randrange(10**9), copies=TOP_K, codes=codes, hops=hops)
         yield Ask(prompt.text, prompt.answer, LONG if long or hang_up else 0, stream, hang_up)
 
 
@@ -185,16 +187,23 @@ def warm_up(server: Server) -> None:
         send(server.port, Ask(" ".join(rng.choices(FILLERS, k=tokens)), "", tokens=1))  # and BOS
 
 
-def soak(server: Server, minutes: float, max_slope: float = MAX_SLOPE, seed: int = 0) -> dict[str, Any]:
-    """Rounds of traffic for so many minutes. Returns what was measured, and ``problems``: none if all is well."""
+def soak(server: Server, minutes: float, requests: int = 0, max_slope: float = MAX_SLOPE) -> dict[str, Any]:
+    """Rounds of traffic for so many minutes and requests. Returns what was measured; ``problems`` is empty if all is
+    well. Where ``requests`` take more than twice the time, that is a problem."""
     samples: list[Sample] = []
     problems: list[str] = []
     hung_up = prompt_tokens = cached_tokens = 0
-    asks = traffic(seed)
+    asks = traffic()
     warm_up(server)
     start = time.monotonic()
+
+    def goes_on() -> bool:
+        minute, done = (time.monotonic() - start) / 60, ROUND * len(samples)
+        enough = minute >= minutes and done >= requests or minute >= 2 * minutes
+        return len(samples) < MIN_SAMPLES or not enough and len(problems) < MAX_PROBLEMS
+
     with ThreadPoolExecutor(CLIENTS) as clients:
-        while len(problems) < MAX_PROBLEMS and (time.monotonic() < start + 60 * minutes or len(samples) < MIN_SAMPLES):
+        while goes_on():
             asked = list(islice(asks, ROUND))
             replies = list(clients.map(lambda ask: send(server.port, ask), asked))
             for ask, reply in zip(asked, replies, strict=True):
@@ -210,18 +219,20 @@ def soak(server: Server, minutes: float, max_slope: float = MAX_SLOPE, seed: int
             samples.append(measure(server, ROUND * (len(samples) + 1)))
             if len(samples) % 20 == 0:
                 print(f"{time.monotonic() - start:.0f} s: {samples[-1]}, {len(problems)} problems", file=sys.stderr)
-    seconds, requests = time.monotonic() - start, samples[-1].requests
+    seconds, done = time.monotonic() - start, samples[-1].requests
     settled = samples[int(WARM_UP * len(samples)) :]
     memory_slope, file_slope = slope(settled, "memory"), slope(settled, "files")
     if memory_slope >= max_slope:
         problems.append(f"memory grows by {memory_slope:.2f} MB per 1,000 requests; allowed: below {max_slope}")
     if file_slope >= 1:
         problems.append(f"open files grow by {file_slope:.1f} per 1,000 requests; allowed: below 1")
+    if done < requests:
+        problems.append(f"{done} requests in {seconds:.0f} s; wanted: {requests}")
     return {
         "seconds": round(seconds),
-        "requests": requests,
-        "requests_per_s": round(requests / seconds, 2),
-        "checked": requests - hung_up,
+        "requests": done,
+        "requests_per_s": round(done / seconds, 2),
+        "checked": done - hung_up,
         "hung_up": hung_up,
         "prompt_tokens": prompt_tokens,
         "cached_tokens": cached_tokens,
@@ -237,11 +248,11 @@ def soak(server: Server, minutes: float, max_slope: float = MAX_SLOPE, seed: int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--requests", type=int, default=20_000, help="fewer in that time are a problem")
+    parser.add_argument("--requests", type=int, default=20_000, help="go on until so many, for at most twice the time")
     args = parser.parse_args()
     exit_on_sigterm()
     with TemporaryDirectory() as folder:
-        write_planted(folder)
+        write_planted(folder, **CHECKPOINT)
         LOG.parent.mkdir(exist_ok=True)
         with serve(folder, *SERVE_ARGS, env=SERVE_ENV, log_path=LOG) as server:
             report = soak(server, args.minutes)

@@ -88,6 +88,29 @@ def test_float16_model_is_refused(folder):
         engine_config(folder, dtype="float16")
 
 
+def test_lora_is_refused(folder):
+    """At start; without --enable-lora vLLM refuses every adapter, see test_weights.py."""
+    with pytest.raises(ValueError, match="--enable-lora is refused: .*kv_b_proj.*Merge the adapter"):
+        engine_config(folder, enable_lora=True)
+
+
+@pytest.mark.parametrize("connector", ["ExampleConnector", "OffloadingConnector", "NixlConnector", "MultiConnector"])
+def test_kv_connectors_are_refused(folder, connector):
+    options = {"kv_connector": connector, "kv_role": "kv_both"}
+    with pytest.raises(ValueError, match=f"'{connector}' is refused.*Remove --kv-transfer-config"):
+        engine_config(folder, kv_transfer_config=options)
+
+
+def test_kv_offloading_is_refused(folder):
+    with pytest.raises(ValueError, match="--kv-offloading-size 2 is refused.*Remove"):
+        engine_config(folder, kv_offloading_size=2.0)
+
+
+def test_hisparse_is_refused(folder):
+    with pytest.raises(ValueError, match="hisparse_config is refused.*Remove"):
+        engine_config(folder, attention_config={"hisparse_config": {}})
+
+
 @pytest.mark.parametrize("block_size", [24, 8, 100])
 def test_odd_block_sizes_are_refused(folder, block_size):
     with pytest.raises(ValueError, match=f"--block-size {block_size} is refused.*multiple of 16"):

@@ -59,6 +59,7 @@ def _dense(previous: type) -> type:
 def check(vllm_config: Any) -> None:
     """Refuse, by key and value, what this package would not serve right; settle the cache dtype."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
+    _refuse_unproven(vllm_config)
     _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
     dtype = str(model_config.dtype).removeprefix("torch.")
@@ -100,6 +101,31 @@ def _published_folder(vllm_config: Any) -> Path | None:
     folder = Path(vllm_config.model_config.model)
     local = folder.is_dir() and not vllm_config.model_config.model_weights
     return folder if local and vllm_config.load_config.load_format in PUBLISHED_FORMATS else None
+
+
+def _refuse_unproven(vllm_config: Any) -> None:
+    """Refuse what vLLM would do to our layers behind their back: other weights, or pages moved out of the caches."""
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            "--enable-lora is refused: DSA layers fold kv_b_proj into W_UK and W_UV while they load, and no adapter is "
+            "proven on their other weights. Merge the adapter into the checkpoint and serve that."
+        )
+    transfer, offload = vllm_config.kv_transfer_config, vllm_config.cache_config.kv_offloading_size
+    if transfer is not None:
+        raise ConfigError(
+            f"--kv-transfer-config with kv_connector {transfer.kv_connector!r} is refused: no connector is proven to "
+            f"move the latent pages and the planar index-key pages together. Remove --kv-transfer-config."
+        )
+    if offload is not None:
+        raise ConfigError(
+            f"--kv-offloading-size {offload:g} is refused: no connector is proven to move the latent pages and the "
+            f"planar index-key pages together. Remove --kv-offloading-size."
+        )
+    if vllm_config.attention_config.hisparse_config is not None:
+        raise ConfigError(
+            "--attention-config hisparse_config is refused: HiSparse reads the caches of vLLM's own DSA layers. Remove "
+            "it, or set VLLM_DSA_DISABLE=1 to serve with stock vLLM."
+        )
 
 
 def _fill_routing(hf_config: Any) -> None:

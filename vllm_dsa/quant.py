@@ -74,7 +74,7 @@ def register() -> None:
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """e4m3 [out, in] times float32 scales [ceil(out / 128), ceil(in / 128)], in ``dtype``; last blocks may be ragged.
 
-    Works one row of blocks at a time, so that no float32 copy of the whole weight exists.
+    Works one row of blocks at a time in one buffer, so that no float32 copy of the whole weight exists.
     """
     rows, columns = weight.shape
     expected = (-(-rows // BLOCK), -(-columns // BLOCK))
@@ -85,8 +85,10 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
         )
     out = torch.empty(rows, columns, dtype=dtype)
     wide = scale.float().repeat_interleave(BLOCK, dim=1)[:, :columns]  # [row blocks, in]
+    buffer = torch.empty(BLOCK, columns, dtype=torch.float32)
     for i, start in enumerate(range(0, rows, BLOCK)):
-        out[start : start + BLOCK] = weight[start : start + BLOCK].float() * wide[i]
+        band = buffer[: rows - start].copy_(weight[start : start + BLOCK]).mul_(wide[i])
+        out[start : start + BLOCK] = band
     return out
 
 

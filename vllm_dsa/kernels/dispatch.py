@@ -54,7 +54,11 @@ def _triton_refusals(request: Request) -> list[str]:
         return [f"it runs on CUDA GPUs, the layer is on {request.device_type}"]
     if request.capability is None or request.capability < (8, 0):
         return [f"it needs compute capability 8.0 or newer, this GPU has {request.capability}"]
-    return [] if find_spec("triton") else ["Triton is not installed: pip install 'vllm-dsa[cuda]'"]
+    if not find_spec("triton"):
+        return ["Triton is not installed: pip install 'vllm-dsa[cuda]'"]
+    from vllm_dsa.kernels import triton_configs
+
+    return triton_configs.refusals(request)
 
 
 def _vendor_refusals(request: Request) -> list[str]:

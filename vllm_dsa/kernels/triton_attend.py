@@ -141,7 +141,7 @@ def _attend_kernel(
         exponent = tl.minimum(tl.maximum(amax.to(tl.int32, bitcast=True) >> 23, 64), 190)
         row_scale = row_scale * (exponent << 23).to(tl.float32, bitcast=True)
         down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-        q_rope = (q_rope.to(tl.float32) * down).to(tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE)
+        q_rope = (q_rope.to(tl.float32) * down).to(tl.bfloat16 if tl.float16 == COMPUTE else COMPUTE)
         scaled = ()
         for g in tl.static_range(GROUPS):
             scaled = scaled + ((q[g].to(tl.float32) * down).to(COMPUTE),)

@@ -5,8 +5,8 @@ Triton's interpreter are on the CPU: they count as sm80.
 """
 
 import functools
-import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,8 +97,31 @@ def score(device: torch.device) -> Score:
 
 def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
     """Measured: nowhere yet."""
-    chip = arch(device)
-    block_heads, block_keys, warps, stages = 16, 32, 8, 2
+    block_keys, stages = (16, 1) if model == torch.float32 else (32, 2)
     splits = 8 if top_k >= 1024 else 4 if top_k >= 256 else 1
-    split_keys = -(-top_k // (splits * block_keys)) * block_keys
-    return Attend(block_heads, block_keys, warps, stages, splits, split_keys, 128, 4, _hardware(chip))
+    return Attend(
+        block_heads=16,
+        block_keys=block_keys,
+        warps=8,
+        stages=stages,
+        splits=splits,
+        split_keys=-(-top_k // (splits * block_keys)) * block_keys,
+        whole_rows=128,
+        merge_heads=4,
+        hardware_e4m3=_hardware(arch(device)),
+    )
+
+
+def refusals(request: Any) -> list[str]:
+    """Why these kernels cannot serve a dispatch.Request's sizes; empty if they can."""
+    limits = (
+        ("kv_lora_rank", request.kv_lora_rank, 512),
+        ("qk_rope_head_dim", request.rope_dim, min(128, request.index_dim)),
+        ("index_head_dim", request.index_dim, 128),
+        ("index_n_heads", request.index_heads, 128),
+        ("index_topk", request.top_k, 4096),
+    )
+    reasons = [f"it takes {name} up to {most}, this is {value}" for name, value, most in limits if value > most]
+    if request.rope_dim % 2:
+        reasons.append(f"it rotates pairs, qk_rope_head_dim is {request.rope_dim}")
+    return reasons

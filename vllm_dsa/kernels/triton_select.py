@@ -3,8 +3,8 @@
 Rows go in tiles whose scores stay within VLLM_DSA_SCORE_BUDGET_MB. A score depends on its row and its key alone, not on
 the tile, the group or the batch they are computed in. Top-k ranks a row's scores by one program, in two reads:
 
-1. Of the row laid out in lines of CHUNK columns (at least twice top_k), the maximum of each column. The top_k-th best of
-   these maxima bounds the top_k-th best score from below.
+1. Of the row laid out in lines of CHUNK columns (at least twice top_k), the maximum of each column. The top_k-th best
+   of these maxima bounds the top_k-th best score from below.
 2. The keys that score at least that bound, in order of position, and how many they are: for scores without structure
    at most about 1.4 top_k, whatever the length. If they fit CHUNK, the rest runs in registers; rows with many equal
    scores may exceed it and are then ranked in memory.
@@ -124,7 +124,7 @@ def _top_k_kernel(
     scores, candidates, lengths, out, first_row, scores_stride, out_stride,
     TOP_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. candidates [rows, 2, CHUNK] int32: positions of the candidates, and the bits of their scores."""
+    """One program a row. candidates [rows, 2, CHUNK] int32: positions of the candidates, then their scores' bits."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + first_row + row)
     out += (first_row + row) * out_stride

@@ -1,4 +1,4 @@
-"""write on GPUs: one kernel for all that is stored of a token's keys, one for its queries. Contracts: ``vllm_dsa.kernels``.
+"""write on GPUs: one kernel for what is stored of a token's keys, one for its queries. Contracts: ``vllm_dsa.kernels``.
 
 Both are bound by memory: every input is read once (a rotation reads the partner of a value from the first-level cache),
 every output written once. Arithmetic is float32.
@@ -113,7 +113,10 @@ def _write_keys_kernel(
 
 
 @triton.jit
-def _turn_heads(source, stride, head, HEADS, angles, ROPE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _turn_heads(
+    source, stride, head, HEADS, angles,
+    ROPE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """Rows head [n] of source, float32 [n, BLOCK], the first ROPE of their DIM dims turned; 0 past HEADS and DIM."""
     dim = tl.arange(0, BLOCK)
     inside, turned = (head < HEADS)[:, None], dim < ROPE
@@ -135,7 +138,7 @@ def _write_queries_kernel(
     INTERLEAVED: tl.constexpr, HARDWARE: tl.constexpr, INDEX_BLOCKS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs (token, block): the first INDEX_BLOCKS take BLOCK_H index heads each, the rest BLOCK_N attention heads."""
+    """Programs (token, block): the first INDEX_BLOCKS take BLOCK_H index heads, the rest BLOCK_N attention heads."""
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     angles = cos_sin + tl.load(positions + token) * angle_stride
     if block < INDEX_BLOCKS:
@@ -150,7 +153,9 @@ def _write_queries_kernel(
         tl.store(weights + token * INDEX_HEADS + index_head, weight * scale * weight_scale, mask=in_h)
     else:
         head, dim_p = (block - INDEX_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-        y = _turn_heads(rope_query + token * rope_stride_t, rope_stride_h, head, HEADS, angles, ROPE, ROPE, BLOCK_P, True)
+        y = _turn_heads(
+            rope_query + token * rope_stride_t, rope_stride_h, head, HEADS, angles, ROPE, ROPE, BLOCK_P, True
+        )
         target_p = query + token * query_stride_t + head[:, None] * query_stride_h + RANK + dim_p[None, :]
         tl.store(target_p, y.to(query.dtype.element_ty), mask=(head < HEADS)[:, None] & (dim_p < ROPE)[None, :])
 

@@ -1,0 +1,88 @@
+"""More requests than the KV cache holds, clients that hang up, prefixes that come and go. One server for the module."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import soak
+from soak import BLOCK_SIZE, BLOCKS, TOP_K, Ask, Sample, is_right, metric, send
+from tiny_checkpoint import build_prompt, write_planted
+
+from vllm_dsa.testing.server import serve
+
+pytestmark = pytest.mark.slow
+STREAMS = 64
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    path = tmp_path_factory.mktemp("planted")
+    write_planted(path, check=False, **soak.CHECKPOINT)
+    with serve(path, *soak.SERVE_ARGS, env=soak.SERVE_ENV) as running:
+        yield running
+
+
+def long_question(seed: int, **options) -> Ask:
+    prompt = build_prompt(300 + seed % 100, seed, copies=TOP_K)
+    return Ask(prompt.text, prompt.answer, tokens=soak.LONG, **options)
+
+
+def answers(server, ask: Ask) -> bool:
+    return is_right(ask, send(server.port, ask).text)
+
+
+@pytest.mark.serve
+def test_many_streams_share_a_small_cache(server):
+    """Preempted and recomputed, or cut off half-way: every answer that is read to its end is right all along."""
+    before = metric(server, "num_preemptions_total")
+    asked = [long_question(i, stream=True, hang_up=i % 4 == 0) for i in range(STREAMS)]
+    with ThreadPoolExecutor(STREAMS) as clients:
+        replies = list(clients.map(lambda ask: send(server.port, ask), asked))
+    assert soak.becomes_idle(server), "KV blocks are in use, 10 s after the last answer"
+    assert metric(server, "num_preemptions_total") > before
+    for ask, reply in zip(asked, replies, strict=True):
+        assert ask.hang_up == (reply.text is None)
+        assert ask.hang_up or is_right(ask, reply.text), reply.text
+    assert answers(server, long_question(seed=STREAMS))
+
+
+@pytest.mark.serve
+def test_prefix_extended_past_topk_then_evicted(server):
+    """Blocks that were written while every row saw all keys serve rows that select; and again after an eviction."""
+    prompt = build_prompt(400, seed=1, copies=TOP_K, codes=4, placement="first")
+    words = prompt.text.split(" ")
+    question = words[-3:]
+    short = Ask(" ".join(words[: TOP_K - 8] + question), prompt.answer)
+    whole = Ask(prompt.text, prompt.answer)
+
+    def cached_tokens(ask: Ask) -> int:
+        reply = send(server.port, ask)
+        assert is_right(ask, reply.text), reply.text
+        return reply.cached_tokens
+
+    assert send(server.port, short).prompt_tokens < TOP_K
+    assert cached_tokens(short) == BLOCK_SIZE
+    assert cached_tokens(whole) == BLOCK_SIZE
+    assert cached_tokens(whole) == 399 // BLOCK_SIZE * BLOCK_SIZE
+    for seed in range(BLOCK_SIZE * BLOCKS // 1000 + 1):
+        other = build_prompt(1000, 100 + seed, copies=TOP_K)
+        assert cached_tokens(Ask(other.text, other.answer)) == 0
+    assert cached_tokens(short) == 0
+    assert cached_tokens(whole) == BLOCK_SIZE
+    assert cached_tokens(whole) == 399 // BLOCK_SIZE * BLOCK_SIZE
+
+
+@pytest.mark.serve
+def test_three_minutes_of_soak(server):
+    """`make soak` in short. What Python and the allocators still take in so little time hides a smaller slope."""
+    report = soak.soak(server, minutes=3, max_slope=10)
+    print(report)
+    assert report["problems"] == []
+    assert report["preemptions"] and report["cached_tokens"] and report["hung_up"]
+
+
+def test_a_leak_is_told_from_noise():
+    """2 KB per request among allocator steps of megabytes is noticed, and these alone are not growth."""
+    for leak, low, high in ((0.0, -0.5, 0.5), (0.002, 1.5, 2.5)):
+        samples = [Sample(50 * i, 2000 + 50 * i * leak + 3 * (i % 7 == 0), 178) for i in range(1, 400)]
+        assert low < soak.slope(samples, "memory") < high
+        assert soak.slope(samples, "files") == 0
