@@ -205,7 +205,7 @@ def check_the_rest(layers, written, zeroed) -> None:
 
 
 def check_that_it_can_fail(layer, keys, latents, rotated, slots) -> None:
-    """One byte of each part of a row changed by two codes, a scale doubled, a page read as if it were not planar."""
+    """A bit changed in each part of a row, and rows taken for those of other tokens."""
     latent = layer.kv_cache.view(torch.uint8).view(-1, ROW_BYTES)
     index = layer.indexer.cache.kv_cache.flatten(1)
     page, offset = divmod(int(slots[3]), BLOCK_SIZE)
