@@ -109,7 +109,7 @@ def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, 
     )
 
 
-# The vendor libraries: an own install that has the DSA entry points, else the copies inside vLLM.
+# The vendor libraries: the copies inside vLLM.
 
 
 def vendor_refusals() -> list[str]:

@@ -119,15 +119,15 @@ def _emit(out, ranks, position, threshold, ties, written, TOP_K: tl.constexpr):
     return ties - tied, written + tl.sum(above, axis=0) + tied
 
 
-@triton.jit(do_not_specialize=["first_row", "scores_stride"])
+@triton.jit(do_not_specialize=["scores_stride"])
 def _top_k_kernel(
-    scores, candidates, lengths, out, first_row, scores_stride, out_stride,
+    scores, candidates, lengths, out, scores_stride, out_stride,
     TOP_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. candidates [rows, 2, CHUNK] int32: positions of the candidates, then their scores' bits."""
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + first_row + row)
-    out += (first_row + row) * out_stride
+    length = tl.load(lengths + row)
+    out += row * out_stride
     column = tl.arange(0, CHUNK)
     if length <= TOP_K:
         tl.store(out + column, tl.where(column < length, column, -1), mask=column < TOP_K)
@@ -204,7 +204,6 @@ def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -
         candidates,
         lengths,
         out,
-        0,
         scored.stride(0),
         out.stride(0),
         TOP_K=top_k,

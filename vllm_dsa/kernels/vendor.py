@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_dsa import cache, envs
-from vllm_dsa.kernels.triton_select import _top_k_kernel
+from vllm_dsa.kernels.triton_select import top_k_rows
 from vllm_dsa.metadata import Rows
 
 PAGE = 64  # tokens a page: the only size that both libraries read
@@ -80,25 +80,6 @@ def select(
         _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
     for part in _parts(rows):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
-
-
-def top_k_rows(scores: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
-    """Exact top-k of scores [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
-    top_k = out.shape[1]
-    chunk = max(1024, 2 * triton.next_power_of_2(top_k))
-    candidates = torch.empty(len(out), 2, chunk, dtype=torch.int32, device=out.device)
-    _top_k_kernel[(len(out),)](
-        scores,
-        candidates,
-        lengths,
-        out,
-        0,
-        scores.stride(0),
-        out.stride(0),
-        TOP_K=top_k,
-        CHUNK=chunk,
-        num_warps=8,
-    )
 
 
 def _select_decodes(
@@ -219,7 +200,7 @@ def attend(
             )
         return lse
     latents, page_rows = _flat_rows(latent_cache)
-    slots = to_slots(selected, rows, slice(0, len(selected)), page_rows)
+    slots = to_slots(selected, rows, page_rows)
     return _attend_rows(query, latents, slots, rows.lengths, scale, out)
 
 
@@ -232,7 +213,7 @@ def _attend_decodes(
     padded = query if query.shape[1] in DECODE_HEADS else _padded(query)
     if "flash_mla" not in rows.step:
         rows.step["flash_mla"] = flash_mla_schedule()
-    slots = to_slots(selected, rows, slice(0, len(selected)), rows.block_size)
+    slots = to_slots(selected, rows, rows.block_size)
     direct = out.unsqueeze(1) if heads == padded.shape[1] else None
     values, lse = flash_mla_decode(
         padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"], direct
@@ -288,13 +269,13 @@ def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
     return latent_cache.as_strided((count, width), (width, 1)), stride // width
 
 
-def to_slots(selected: torch.Tensor, rows: Rows, mine: slice, page_rows: int) -> torch.Tensor:
-    """Selected positions [T, K] of rows ``mine`` as rows of the flat cache, pages ``page_rows`` apart; -1 stays."""
+def to_slots(selected: torch.Tensor, rows: Rows, page_rows: int) -> torch.Tensor:
+    """Selected positions [T, K] of the first T rows as rows of the flat cache, pages ``page_rows`` apart; -1 stays."""
     slots = torch.empty(selected.shape, dtype=torch.int32, device=selected.device)
     table = rows.block_table
     _slots[(len(selected),)](
         selected,
-        rows.requests[mine],
+        rows.requests,
         table,
         slots,
         selected.shape[1],

@@ -89,10 +89,9 @@ class DecoderLayer(nn.Module):
 class DeepseekV32Model(nn.Module):
     """Embedding, decoder layers of this pipeline stage, final norm."""
 
-    def __init__(self, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, vllm_config: Any, config: DSAConfig, prefix: str) -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
-        config = DSAConfig.from_hf(hf_config)
         self.embed_tokens = (
             VocabParallelEmbedding(hf_config.vocab_size, hf_config.hidden_size, prefix=f"{prefix}.embed_tokens")
             if get_pp_group().is_first_rank
@@ -148,13 +147,15 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        shared = DSAConfig.from_hf(self.config).index_shared
-        self.unused_indexers = tuple(f"layers.{i}.self_attn.indexer." for i, unused in enumerate(shared) if unused)
+        config = DSAConfig.from_hf(self.config)
+        self.unused_indexers = tuple(
+            f"layers.{i}.self_attn.indexer." for i, unused in enumerate(config.index_shared) if unused
+        )
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
         self.wanted = wanted(self.config)
         self.awaited = self._awaited(vllm_config)
-        self.model = DeepseekV32Model(vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = DeepseekV32Model(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
                 self.config.vocab_size,
