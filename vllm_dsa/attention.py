@@ -140,8 +140,11 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             self.heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
         )
         w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        self.w_uk = w_uk.contiguous()
-        self.w_uv = w_uv.transpose(1, 2).contiguous()
+        for name, derived in (("w_uk", w_uk), ("w_uv", w_uv.transpose(1, 2))):
+            if hasattr(self, name):  # weights are reloaded, and CUDA graphs hold the address of the first
+                getattr(self, name).copy_(derived)
+            else:
+                setattr(self, name, derived.contiguous())
         self.norms = Norms(
             latent_weight=self.kv_a_layernorm.weight.data,
             latent_eps=config.rms_norm_eps,

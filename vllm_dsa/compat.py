@@ -96,6 +96,17 @@ def dequantised_weight(linear: Any, dtype: Any) -> Any:
     return get_and_maybe_dequant_weights(linear, out_dtype=dtype)
 
 
+def repack_experts(experts: Any) -> None:
+    """Have fused experts packed again once they are loaded again.
+
+    On a CPU vLLM 0.32 packs them the first time only; after `reload_weights` it would read plain weights as packed ones.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        experts.quant_method.moe_kernel = None
+
+
 def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, int, str]]:
     """(fused parameter, checkpoint tensor, expert, shard) of every routed expert, under the published names."""
     from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping

@@ -30,6 +30,7 @@ from vllm_dsa.compat import (
     make_layers,
     maybe_prefix,
     mtp_layer_of_weight,
+    repack_experts,
 )
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
@@ -256,6 +257,7 @@ def _load_expert(
         target = name.replace(part, parameter)
         if is_pp_missing_parameter(target, model):
             continue
+        repack_experts(model.get_submodule(target.rpartition(".")[0]))
         if params[target].weight_loader(
             params[target], tensor, target, shard_id=shard, expert_id=expert, return_success=True
         ):
