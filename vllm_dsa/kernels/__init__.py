@@ -36,9 +36,13 @@ Both select and attend give bit-equal results for bit-equal rows, whatever else 
 padding index. Bytes of a page that no token was written to may be anything, NaN included, and must not matter.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing the contracts loads no torch
+    import torch
 
 OPS = ("write", "select", "attend")
 

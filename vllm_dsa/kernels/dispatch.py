@@ -7,67 +7,33 @@ are in ``Kernels.summary``, and where no provider can serve, that is an error. A
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from vllm_dsa import envs
-from vllm_dsa.kernels import OPS
+from vllm_dsa.kernels import OPS, limits
+from vllm_dsa.kernels.limits import Request
 
 FUNCTIONS = {"write": ("write_keys", "write_queries"), "select": ("select",), "attend": ("attend",)}
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a layer needs of its kernels."""
-
-    device_type: str  # "cpu", "cuda"
-    capability: tuple[int, int] | None  # CUDA compute capability
-    dtype: torch.dtype  # of the model
-    latent_kind: str  # "auto", "fp8_ds_mla"
-    kv_lora_rank: int
-    rope_dim: int
-    num_heads: int  # of this rank
-    index_heads: int
-    index_dim: int
-    top_k: int
-    block_size: int
-
-
-@dataclass(frozen=True)
 class Provider:
-    """Where the functions of each operation live, and the reasons not to use them (none: it can serve)."""
+    """Where the functions of each operation live, and the reasons not to use them (none: it can serve).
+
+    libraries: reasons that show only once the libraries it calls are loaded; asked where ``refusals`` gives none.
+    """
 
     name: str
     modules: dict[str, str]
     refusals: Callable[[Request], list[str]]
     only_forced: bool = False
+    libraries: Callable[[], list[str]] = list
 
 
-def _cpu_refusals(request: Request) -> list[str]:
-    return [] if request.device_type == "cpu" else [f"it runs on the CPU, the layer is on {request.device_type}"]
+def _vendor_libraries() -> list[str]:
+    from vllm_dsa.kernels import vendor
 
-
-def _triton_refusals(request: Request) -> list[str]:
-    if request.device_type != "cuda":
-        return [f"it runs on CUDA GPUs, the layer is on {request.device_type}"]
-    if request.capability is None or request.capability < (8, 0):
-        return [f"it needs compute capability 8.0 or newer, this GPU has {request.capability}"]
-    if not find_spec("triton"):
-        return ["Triton is not installed: pip install 'vllm-dsa[cuda]'"]
-    from vllm_dsa.kernels import triton_configs
-
-    return triton_configs.refusals(request)
-
-
-def _vendor_refusals(request: Request) -> list[str]:
-    refused = _triton_refusals(request)
-    if not refused:
-        from vllm_dsa.kernels import vendor
-
-        refused = vendor.refusals(request)
-    return refused
+    return vendor.library_refusals()
 
 
 def _everywhere(module: str) -> dict[str, str]:
@@ -77,9 +43,9 @@ def _everywhere(module: str) -> dict[str, str]:
 _TRITON = {op: f"vllm_dsa.kernels.triton_{op}" for op in OPS}
 _VENDOR = {op: "vllm_dsa.kernels.triton_write" if op == "write" else "vllm_dsa.kernels.vendor" for op in OPS}
 PROVIDERS = (
-    Provider("vendor", _VENDOR, _vendor_refusals),
-    Provider("triton", _TRITON, _triton_refusals),
-    Provider("cpu", _everywhere("vllm_dsa.kernels.cpu"), _cpu_refusals),
+    Provider("vendor", _VENDOR, limits.vendor, libraries=_vendor_libraries),
+    Provider("triton", _TRITON, limits.triton),
+    Provider("cpu", _everywhere("vllm_dsa.kernels.cpu"), limits.cpu),
     Provider("reference", _everywhere("vllm_dsa.kernels.reference"), lambda request: [], only_forced=True),
 )
 
@@ -97,15 +63,17 @@ class Kernels:
     summary: str
 
 
-def refusals(provider: Provider, op: str, request: Request, forced: str | None) -> list[str]:
-    """Why ``provider`` does not serve ``op`` here; empty: it can."""
+def refusals(
+    provider: Provider, op: str, request: Request, forced: str | None, libraries: Callable[[], list[str]] | None = None
+) -> list[str]:
+    """Why ``provider`` does not serve ``op`` here; empty: it can. ``libraries`` is asked in place of its own."""
     if forced and forced != provider.name:
         return [f"VLLM_DSA_PROVIDER={forced} is set"]
     if provider.only_forced and not forced:
         return [f"it serves only under VLLM_DSA_PROVIDER={provider.name}"]
     if op not in provider.modules:
         return [f"it has no {op}"]
-    return provider.refusals(request)
+    return provider.refusals(request) or (libraries or provider.libraries)()
 
 
 def choose(request: Request) -> Kernels:

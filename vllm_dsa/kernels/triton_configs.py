@@ -1,12 +1,11 @@
-"""Block sizes of the Triton kernels for each chip and shape, and where each was measured; what they can serve.
+"""Block sizes of the Triton kernels for each chip and shape, and where each was measured.
 
-Imports no Triton, so that dispatch can ask. A chip counts as the newest of ARCHS that is not newer than it. Tensors of
-Triton's interpreter are on the CPU: they count as sm80.
+A chip counts as the newest of ARCHS that is not newer than it. Tensors of Triton's interpreter are on the CPU: they
+count as sm80.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -110,18 +109,3 @@ def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: 
         merge_heads=4,
         hardware_e4m3=_hardware(arch(device)),
     )
-
-
-def refusals(request: Any) -> list[str]:
-    """Why these kernels cannot serve a dispatch.Request's sizes; empty if they can."""
-    limits = (
-        ("kv_lora_rank", request.kv_lora_rank, 512),
-        ("qk_rope_head_dim", request.rope_dim, min(128, request.index_dim)),
-        ("index_head_dim", request.index_dim, 128),
-        ("index_n_heads", request.index_heads, 128),
-        ("index_topk", request.top_k, 4096),
-    )
-    reasons = [f"it takes {name} up to {most}, this is {value}" for name, value, most in limits if value > most]
-    if request.rope_dim % 2:
-        reasons.append(f"it rotates pairs, qk_rope_head_dim is {request.rope_dim}")
-    return reasons

@@ -22,9 +22,7 @@ from vllm_dsa import cache, envs
 from vllm_dsa.kernels.triton_select import top_k_rows
 from vllm_dsa.metadata import Rows
 
-PAGE = 64  # tokens a page: the only size that both libraries read
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
-HEADS = (8, 16, 32, 64, 128)  # of FlashMLA's prefill kernel
 DECODE_HEADS = (64, 128)  # of its decode kernel
 
 
@@ -40,29 +38,11 @@ class Part:
     tiles: tuple[tuple[slice, int], ...]  # rows, relative to this part, and an upper bound of their lengths
 
 
-def refusals(request: Any) -> list[str]:
-    """Why this provider cannot serve; empty if it can."""
-    reasons = []
-    if request.device_type != "cuda" or request.capability is None or request.capability[0] != 9:
-        return [f"it is tested on sm90 only, the layer is on {request.device_type} {request.capability or ''}".rstrip()]
-    if (request.kv_lora_rank, request.rope_dim) != (512, 64):
-        reasons.append(f"FlashMLA reads latents of 512 + 64, these have {request.kv_lora_rank} + {request.rope_dim}")
-    if request.index_dim != 128 or request.index_heads not in (32, 64):
-        reasons.append(
-            f"DeepGEMM scores 32 or 64 index heads of 128, this model has {request.index_heads} of {request.index_dim}"
-        )
-    if request.num_heads not in HEADS:
-        reasons.append(f"FlashMLA attends with {', '.join(map(str, HEADS))} heads a rank, not {request.num_heads}")
-    if request.block_size != PAGE:
-        reasons.append(f"its pages hold {PAGE} tokens, not {request.block_size}: pass --block-size {PAGE}")
-    multiple = 128 if request.num_heads >= 64 else 64
-    if request.top_k % multiple:
-        reasons.append(f"FlashMLA reads selections of a multiple of {multiple} here, index_topk is {request.top_k}")
-    if request.dtype != torch.bfloat16:
-        reasons.append(f"FlashMLA computes in bfloat16, the model is {request.dtype}")
+def library_refusals() -> list[str]:
+    """Why FlashMLA or DeepGEMM cannot be called here; empty if both can. Of sizes, see ``limits``."""
     from vllm_dsa.compat import vendor_refusals
 
-    return reasons + vendor_refusals()
+    return vendor_refusals()
 
 
 def query_heads(request: Any) -> int:
