@@ -4,7 +4,11 @@
 whose home or signature differs between the supported versions gets a function below the table.
 """
 
+import os
+import re
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 SUPPORTED = ("0.32", "0.33")
@@ -120,7 +124,11 @@ def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, 
     )
 
 
-# The vendor libraries: the copies inside vLLM.
+# The vendor libraries: FlashMLA is the copy inside vLLM, DeepGEMM one that is installed beside it, or else the copy.
+FLASH_MLA_FILES = ("_flashmla_C*.so", "_flashmla_extension_C*.so", "third_party/flashmla/flash_mla_interface.py")
+DEEP_GEMM_FILE = "third_party/deep_gemm/__init__.py"
+DEEP_GEMM_FUNCTIONS = ("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata")
+_OLD_SCORES = "DeepGEMM: vLLM 0.32 returns scores in another layout than 0.33, which is what was tested"
 
 
 def vendor_refusals() -> list[str]:
@@ -130,13 +138,45 @@ def vendor_refusals() -> list[str]:
 
     reasons = []
     if vllm_version().startswith("0.32."):
-        reasons.append("DeepGEMM: vLLM 0.32 returns scores in another layout than 0.33, which is what was tested")
+        reasons.append(_OLD_SCORES)
     supported, reason = is_flashmla_sparse_supported()
     if not supported:
         reasons.append(f"FlashMLA: {reason}")
     if not is_deep_gemm_supported():
         reasons.append("DeepGEMM: the installed vLLM has no copy of it for this GPU")
-    return reasons
+    return reasons + old_deep_gemm_refusals()
+
+
+def own_deep_gemm() -> Path | None:
+    """Folder of a DeepGEMM that is installed beside vLLM, which vLLM takes before its own copy. Loads nothing."""
+    spec = find_spec("deep_gemm")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def old_deep_gemm_refusals() -> list[str]:
+    """Why a DeepGEMM beside vLLM cannot be used; empty if there is none, or it can. Loads nothing."""
+    folder = own_deep_gemm()
+    if folder is None:
+        return []
+    text = "\n".join(path.read_text(errors="replace") for path in folder.glob("*.py"))
+    lacking = [name for name in DEEP_GEMM_FUNCTIONS if not re.search(rf"\b{name}\b", text)]
+    if not lacking:
+        return []
+    reason = f"the one in {folder} is too old, it lacks {', '.join(lacking)}, and vLLM takes it before its own copy"
+    return [f"DeepGEMM: {reason}: pip uninstall deep_gemm"]
+
+
+def vendor_refusals_by_files(vllm: Path, version: str) -> list[str]:
+    """vendor_refusals() as far as the files in vLLM's folder show, without loading any of them."""
+    reasons = [_OLD_SCORES] if version.startswith("0.32.") else []
+    absent = [name for name in FLASH_MLA_FILES if not any(vllm.glob(name))]
+    if absent:
+        reasons.append(f"FlashMLA: {vllm} has no {', '.join(absent)}")
+    if os.environ.get("VLLM_USE_DEEP_GEMM", "1").strip() == "0":
+        reasons.append("DeepGEMM: VLLM_USE_DEEP_GEMM=0 is set")
+    if own_deep_gemm() is None and not any(vllm.glob(DEEP_GEMM_FILE)):
+        reasons.append(f"DeepGEMM: neither a package deep_gemm nor {vllm / DEEP_GEMM_FILE} is there")
+    return reasons + old_deep_gemm_refusals()
 
 
 def mqa_logits(codes: Any, keys: Any, scales: Any, weights: Any, starts: Any, ends: Any, longest: int) -> Any:

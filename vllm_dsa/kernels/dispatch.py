@@ -63,23 +63,29 @@ class Kernels:
     summary: str
 
 
-def refusals(
-    provider: Provider, op: str, request: Request, forced: str | None, libraries: Callable[[], list[str]] | None = None
-) -> list[str]:
-    """Why ``provider`` does not serve ``op`` here; empty: it can. ``libraries`` is asked in place of its own."""
+def refusals(provider: Provider, op: str, request: Request, forced: str | None) -> list[str]:
+    """Why ``provider`` does not serve ``op`` here; empty: it can."""
     if forced and forced != provider.name:
         return [f"VLLM_DSA_PROVIDER={forced} is set"]
     if provider.only_forced and not forced:
         return [f"it serves only under VLLM_DSA_PROVIDER={provider.name}"]
     if op not in provider.modules:
         return [f"it has no {op}"]
-    return provider.refusals(request) or (libraries or provider.libraries)()
+    return provider.refusals(request) or provider.libraries()
 
 
-def choose(request: Request) -> Kernels:
-    """The functions that serve ``request``: of each operation, those of the first provider without a refusal."""
-    forced = envs.VLLM_DSA_PROVIDER
-    names = [provider.name for provider in PROVIDERS]
+@dataclass(frozen=True)
+class Choice:
+    """Operation -> the provider that serves it (none: left out), and the reasons against every other one."""
+
+    providers: dict[str, Provider]
+    against: list[str]  # "provider: reason", with the operations in parentheses where it does not hold for all
+
+
+def survey(request: Request, providers: tuple[Provider, ...] | None = None) -> Choice:
+    """Of each operation the first of ``providers`` (None: PROVIDERS) without a refusal."""
+    providers, forced = providers or PROVIDERS, envs.VLLM_DSA_PROVIDER
+    names = [provider.name for provider in providers]
     if forced and forced not in names:
         raise RuntimeError(
             f"VLLM_DSA_PROVIDER={forced}: this version has no such provider, it has {', '.join(names)}. "
@@ -87,17 +93,24 @@ def choose(request: Request) -> Kernels:
         )
     chosen: dict[str, Provider] = {}
     refused: dict[str, list[str]] = {}  # "provider: reason" -> operations
-    for provider in PROVIDERS:
+    for provider in providers:
         for op in OPS:
             reasons = refusals(provider, op, request, forced)
             if not reasons:
                 chosen.setdefault(op, provider)
             for reason in reasons:
                 refused.setdefault(f"{provider.name}: {reason}", []).append(op)
-    against = "; ".join(line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items())
+    against = [line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items()]
+    return Choice({op: chosen[op] for op in OPS if op in chosen}, against)
+
+
+def choose(request: Request) -> Kernels:
+    """The functions that serve ``request``: of each operation, those of the first provider without a refusal."""
+    choice = survey(request)
+    chosen, against = choice.providers, "; ".join(choice.against)
     if len(chosen) < len(OPS):
         missing = ", ".join(op for op in OPS if op not in chosen)
-        step = "Unset VLLM_DSA_PROVIDER" if forced else "Set VLLM_DSA_PROVIDER=reference, which is slow"
+        step = "Unset VLLM_DSA_PROVIDER" if envs.VLLM_DSA_PROVIDER else "Set VLLM_DSA_PROVIDER=reference, which is slow"
         raise RuntimeError(
             f"No provider serves {missing} for {request}. Refused: {against}. "
             f"{step}, or run on a device that a provider serves."
