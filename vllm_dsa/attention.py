@@ -70,8 +70,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         )
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps)
         self.q_b_proj = ColumnParallelLinear(
-            config.q_lora_rank,
-            config.num_attention_heads * config.qk_head_dim,
+            config.q_b_inputs,
+            config.num_attention_heads * config.q_b_head_dim,
             bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.q_b_proj",
@@ -95,8 +95,11 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             prefix=f"{prefix}.o_proj",
         )
         self.selection = selection
+        self.reuses_selection = False  # set for the later steps of an MTP draft that share its first step's selection
         self.indexer = None if shares_index else Indexer(config, quant_config, prefix=f"{prefix}.indexer")
-        self.rope = Rope(_cos_sin(config, vllm_config.model_config.max_model_len), config.index_rope_interleaved)
+        # A buffer, because vLLM's sleep mode saves buffers and drops every other tensor of a model.
+        self.register_buffer("cos_sin", _cos_sin(config, vllm_config.model_config.max_model_len), persistent=False)
+        self.rope = Rope(self.cos_sin, config.index_rope_interleaved)
         self.kernels = dispatch.choose(self._request(vllm_config))
         logger.info_once(self.kernels.summary)
 
@@ -151,21 +154,29 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             index_weight=None if self.indexer is None else self.indexer.k_norm.weight.data,
             index_bias=None if self.indexer is None else self.indexer.k_norm.bias.data,
         )
+        self.absorbed = tuple(self.kv_b_proj.parameters())
+        self.absorbed_versions = [parameter._version for parameter in self.absorbed]
+
+    def follow_weights(self) -> None:
+        """Derive W_UK and W_UV anew if kv_b_proj has changed since: vLLM does not say so where weights are written in
+        place (`reload_weights` with is_checkpoint_format=False, sparse weight transfer). Called before every step.
+
+        Seen are `load_weights` and in-place operations on the parameters, not writes to a parameter's ``.data``.
+        """
+        if self.absorbed_versions != [parameter._version for parameter in self.absorbed]:
+            self.process_weights_after_loading(self.dtype)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T] int64, hidden_states [T, hidden] to the layer's output [T, hidden], summed over ranks."""
         config = self.config
-        query_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
+        raw_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        query_latent = self.q_a_layernorm(query_latent.contiguous())
-        nope_query, rope_query = (
-            self.q_b_proj(query_latent)[0]
-            .view(-1, self.heads, config.qk_head_dim)
-            .split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        )
+        query_latent = self.q_a_layernorm(raw_latent.contiguous())
+        projected, gate = self.queries(query_latent, raw_latent)
+        nope_query, rope_query = projected.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         index_query = head_weights = index_key = None
-        if self.indexer is not None:
+        if self.indexer is not None and not self.reuses_selection:
             index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
 
         query = hidden_states.new_empty(len(hidden_states), self.kernels.query_heads, config.latent_dim)
@@ -175,8 +186,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         _write_select_attend(
             self, positions, latent, rope_key, index_key, rope_query, index_query, head_weights, query, attended
         )
-        values = torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1)  # [T, N, v]
-        return self.o_proj(values.flatten(1))[0]
+        return self.output(torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1), gate)
 
 
 @eager_break_during_capture
@@ -203,7 +213,7 @@ def _write_select_attend(
     own_heads = query[:, : layer.heads]
     latent_pages = layer.kv_cache.squeeze(1)
     keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
-    if layer.indexer is None:
+    if index_key is None:
         kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
         kernels.write_queries(rope_query[:n], None, None, rope, positions, own_heads)
     else:
