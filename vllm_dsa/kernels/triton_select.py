@@ -3,11 +3,13 @@
 Rows go in tiles whose scores stay within VLLM_DSA_SCORE_BUDGET_MB. A score depends on its row and its key alone, not on
 the tile, the group or the batch they are computed in. Top-k ranks a row's scores by one program, in two reads:
 
-1. Of the row laid out in lines of CHUNK columns (at least twice top_k), the maximum of each column. The top_k-th best
-   of these maxima bounds the top_k-th best score from below.
+1. Of the row laid out in lines of CHUNK columns (at least twice top_k), the maximum of each column. What about top_k
+   of these maxima reach bounds the top_k-th best score from below.
 2. The keys that score at least that bound, in order of position, and how many they are: for scores without structure
-   at most about 1.4 top_k, whatever the length. If they fit CHUNK, the rest runs in registers; rows with many equal
+   at most about 1.5 top_k, whatever the length. If they fit CHUNK, the rest runs in registers; rows with many equal
    scores may exceed it and are then ranked in memory.
+
+A bound is found by counting: of the interval that it lies in, each step keeps a third.
 
 Nothing here depends on values the host would have to read, so a captured graph serves any lengths.
 """
@@ -20,6 +22,9 @@ from vllm_dsa import envs
 from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode
 from vllm_dsa.metadata import Rows
+
+SCAN = 1024
+FEW_ROWS = 256  # so few programs leave most of a chip idle: more warps for each
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "least", "group_rows", "scores_stride"])
@@ -75,56 +80,76 @@ def _rank(scores):
 
 
 @triton.jit
-def _kth(ranks, TOP_K: tl.constexpr):
-    """The TOP_K-th largest of ranks [n], uint32, at least TOP_K of them above 0."""
-    found = tl.zeros((), tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(0, 32):
-        tried = found | bit
-        bit = bit >> 1
-        found = tl.where(tl.sum((ranks >= tried).to(tl.int32), axis=0) >= TOP_K, tried, found)
-    return found
+def _split(low, high, many, few, first, second, first_count, second_count, TOP_K: tl.constexpr):
+    """``_narrow``'s next bounds, by how many ranks reach ``first`` and ``second``, low < first <= second <= high."""
+    if second_count >= TOP_K:
+        low, many = second, second_count
+    elif first_count >= TOP_K:
+        low, many, high, few = first, first_count, second - 1, second_count
+    else:
+        high, few = first - 1, first_count
+    return low, high, many, few
 
 
 @triton.jit
-def _kth_in_memory(scores, length, TOP_K: tl.constexpr, CHUNK: tl.constexpr):
-    """As ``_kth``, of the ranks of scores[:length]."""
-    column = tl.arange(0, CHUNK)
-    found = tl.zeros((), tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(0, 32):
-        tried = found | bit
-        bit = bit >> 1
-        count = tl.zeros((), tl.int32)
-        for start in range(0, length, CHUNK):
-            ranks = _rank(tl.load(scores + start + column, mask=start + column < length, other=float("-inf")))
-            count += tl.sum(((ranks >= tried) & (start + column < length)).to(tl.int32), axis=0)
-        found = tl.where(count >= TOP_K, tried, found)
-    return found
+def _thirds(low, high):
+    third = (high - low) // 3
+    return low + third + 1, tl.minimum(low + 2 * third + 2, high)
 
 
 @triton.jit
-def _emit(out, ranks, position, threshold, ties, written, TOP_K: tl.constexpr):
-    """Of keys in order of position, append those above the threshold and the first ``ties`` equal to it to ``out``.
+def _narrow(ranks, low, high, many, TOP_K: tl.constexpr, ENOUGH: tl.constexpr):
+    """The greatest ``low`` that at least TOP_K of ranks [n] reach, or one that at most ENOUGH reach.
 
-    Returns how many ties are left and how many positions are written.
+    high: no rank is greater. many: ranks that reach low. Returns low, how many reach it, and how many exceed high,
+    which is low if more than ENOUGH reach it.
     """
-    above, equal = (ranks > threshold).to(tl.int32), (ranks == threshold).to(tl.int32)
-    both = tl.cumsum(above + (equal << 16), axis=0)  # of fewer than 2^16 keys
-    above_before, equal_before = (both & 0xFFFF) - above, (both >> 16) - equal
-    taken = (above == 1) | ((equal == 1) & (equal_before < ties))
-    place = written + above_before + tl.minimum(equal_before, ties)
-    tl.store(out + place, position, mask=taken & (place < TOP_K))
-    tied = tl.minimum(tl.sum(equal, axis=0), ties)
-    return ties - tied, written + tl.sum(above, axis=0) + tied
+    few = tl.zeros((), tl.int32)
+    while (low < high) & (many > ENOUGH):
+        first, second = _thirds(low, high)
+        both = tl.sum((ranks >= first).to(tl.int32) + ((ranks >= second).to(tl.int32) << 16), axis=0)
+        low, high, many, few = _split(low, high, many, few, first, second, both & 0xFFFF, both >> 16, TOP_K)
+    return low, many, few
 
 
-@triton.jit(do_not_specialize=["scores_stride"])
+@triton.jit
+def _load(scores, position, length, UNIT: tl.constexpr):
+    """scores[position], something past length; UNIT scores are read at a time."""
+    return tl.load(scores + position, mask=position < (length + UNIT - 1) // UNIT * UNIT, other=0.0)
+
+
+@triton.jit
+def _load_ranks(scores, position, length, UNIT: tl.constexpr):
+    """Ranks of scores[position], 0 past length."""
+    return tl.where(position < length, _rank(_load(scores, position, length, UNIT)), 0)
+
+
+@triton.jit
+def _narrow_in_memory(scores, length, low, high, many, TOP_K: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr):
+    """As ``_narrow``, of the ranks of scores[:length]."""
+    column = tl.arange(0, CHUNK)
+    few = tl.zeros((), tl.int32)
+    while (low < high) & (many > TOP_K):
+        first, second = _thirds(low, high)
+        first_count, second_count = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        for start in range(0, length, CHUNK):
+            ranks = _load_ranks(scores, start + column, length, UNIT)
+            both = tl.sum((ranks >= first).to(tl.int32) + ((ranks >= second).to(tl.int32) << 16), axis=0)
+            first_count += both & 0xFFFF
+            second_count += both >> 16
+        low, high, many, few = _split(low, high, many, few, first, second, first_count, second_count, TOP_K)
+    return low, many, few
+
+
+@triton.jit
 def _top_k_kernel(
     scores, candidates, lengths, out, scores_stride, out_stride,
-    TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+    TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. candidates [rows, 2, CHUNK] int32: positions of the candidates, then their scores' bits."""
+    """One program a row, which appends SCAN positions at a time. candidates [rows, 2, CHUNK] int32: positions of the candidates, then their scores' bits.
+
+    scores_stride counts units of UNIT scores.
+    """
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
     out += row * out_stride
@@ -132,47 +157,58 @@ def _top_k_kernel(
     if length <= TOP_K:
         tl.store(out + column, tl.where(column < length, column, -1), mask=column < TOP_K)
         return
-    scores += row * scores_stride
+    scores += row * scores_stride * UNIT
     places = candidates + row * (2 * CHUNK)
     kept = (places + CHUNK).to(tl.pointer_type(tl.float32), bitcast=True)
 
-    best = tl.full([CHUNK], float("-inf"), tl.float32)
+    best = tl.zeros([CHUNK], tl.uint32)
     for start in range(0, length, CHUNK):
-        best = tl.maximum(best, tl.load(scores + start + column, mask=start + column < length, other=float("-inf")))
-    bound = _kth(tl.where(column < length, _rank(best), 0), TOP_K)
+        best = tl.maximum(best, _load_ranks(scores, start + column, length, UNIT))
+    highest = tl.max(best, axis=0)
+    lowest = tl.min(tl.where(column < length, best, highest), axis=0)
+    columns = tl.minimum(length, CHUNK)
+    bound, _, _ = _narrow(best, lowest, highest, columns, TOP_K, TOP_K + TOP_K // 16)
 
     count = tl.zeros((), tl.int32)
-    for start in range(0, length, CHUNK):
-        position = start + column
-        found = tl.load(scores + position, mask=position < length, other=float("-inf"))
+    part = tl.arange(0, SCAN)
+    for start in range(0, length, SCAN):
+        position = start + part
+        found = _load(scores, position, length, UNIT)
         candidate = ((_rank(found) >= bound) & (position < length)).to(tl.int32)
         place = count + tl.cumsum(candidate, axis=0) - candidate
         fits = (candidate == 1) & (place < CHUNK)
         tl.store(places + place, position, mask=fits)
         tl.store(kept + place, found, mask=fits)
         count += tl.sum(candidate, axis=0)
+    tl.debug_barrier()  # other threads of this program wrote what is read next
 
-    written = tl.zeros((), tl.int32)
-    if count <= CHUNK:
-        tl.debug_barrier()  # other threads of this program wrote what is read next
-        position = tl.load(places + column, mask=column < count, other=0)
-        ranks = _rank(tl.load(kept + column, mask=column < count, other=float("-inf")))
-        ranks = tl.where(column < count, ranks, 0)
-        threshold = _kth(ranks, TOP_K)
-        ties = TOP_K - tl.sum((ranks > threshold).to(tl.int32), axis=0)
-        _emit(out, ranks, position, threshold, ties, written, TOP_K)
+    gathered = count <= CHUNK
+    if gathered:
+        ranks = _load_ranks(kept, column, count, UNIT)
+        low, many, few = _narrow(ranks, bound, highest, count, TOP_K, TOP_K)
+        source, total = kept, count
     else:
-        threshold = _kth_in_memory(scores, length, TOP_K, CHUNK)
-        above = tl.zeros((), tl.int32)
-        for start in range(0, length, CHUNK):
-            ranks = _rank(tl.load(scores + start + column, mask=start + column < length, other=float("-inf")))
-            above += tl.sum(((ranks > threshold) & (start + column < length)).to(tl.int32), axis=0)
-        ties = TOP_K - above
-        for start in range(0, length, CHUNK):
-            position = start + column
-            ranks = _rank(tl.load(scores + position, mask=position < length, other=float("-inf")))
-            ranks = tl.where(position < length, ranks, 0)
-            ties, written = _emit(out, ranks, position, threshold, ties, written, TOP_K)
+        low, many, few = _narrow_in_memory(scores, length, bound, highest, count, TOP_K, SCAN, UNIT)
+        source, total = scores, length
+    # Above: those that reach low, if they are TOP_K, else those that exceed it, and of its equals the first.
+    exact = many == TOP_K
+    ties = tl.where(exact, 0, TOP_K - few)
+    written = tl.zeros((), tl.int32)
+    for start in range(0, total, SCAN):
+        position = start + part
+        ranks = _load_ranks(source, position, total, UNIT)
+        equal = ((ranks == low) & (not exact)).to(tl.int32)
+        above = (ranks >= low).to(tl.int32) - equal
+        both = tl.cumsum(above + (equal << 16), axis=0)  # of fewer than 2^16 keys
+        above_before, equal_before = (both & 0xFFFF) - above, (both >> 16) - equal
+        taken = (above == 1) | ((equal == 1) & (equal_before < ties))
+        place = written + above_before + tl.minimum(equal_before, ties)
+        if gathered:
+            position = tl.load(places + position, mask=position < total, other=0)
+        tl.store(out + place, position, mask=taken & (place < TOP_K))
+        tied = tl.minimum(tl.sum(equal, axis=0), ties)
+        ties -= tied
+        written += tl.sum(above, axis=0) + tied
 
 
 def select(
@@ -199,16 +235,19 @@ def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -
     """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
     top_k, chunk = out.shape[1], _chunk(out.shape[1])
     candidates = torch.empty(len(out), 2, chunk, dtype=torch.int32, device=out.device)
+    unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
     _top_k_kernel[(len(out),)](
         scored,
         candidates,
         lengths,
         out,
-        scored.stride(0),
+        scored.stride(0) // unit,
         out.stride(0),
         TOP_K=top_k,
         CHUNK=chunk,
-        num_warps=8,
+        SCAN=SCAN,
+        UNIT=unit,
+        num_warps=8 if len(out) > FEW_ROWS else 16,
     )
 
 
