@@ -5,16 +5,21 @@
     python benchmarks/portable.py --sweep          also other block sizes than those of triton_configs.py
     python benchmarks/portable.py --software       e4m3 in integer arithmetic, as on sm80
 
-DeepSeek-V3.2's sizes in bfloat16. Prefill is the last --chunk rows of one prompt, decode --batches requests of one row.
-Each line stands behind a gate: results of a few rows against reference.py. Times are medians with the second-level
-cache flushed; decodes are graph replays. Bytes and operations are what the task needs, whatever the kernels do.
+DeepSeek-V3.2's sizes in bfloat16. Prefill is the last --chunk rows of one prompt, decode --batches requests of one row;
+--chunk 0 and --batches 0 leave them out. Each line stands behind a gate: results of a few rows against reference.py.
+Times are medians with the second-level cache flushed; decodes are graph replays. Bytes and operations are what the task
+needs, whatever the kernels do.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -31,6 +36,7 @@ RANK, ROPE, INDEX_HEADS, DIM, TOP_K, PAGE = 512, 64, 64, 128, 2048, 64
 BANDWIDTH, BF16, FP8 = 4.3e12, 800e12, 1600e12  # measured copy on an H200; its dense peaks
 REPEATS = 15
 TOLERANCE = 2.0**-6
+DEADLINE = float("inf")  # time.monotonic(), of --seconds
 
 
 @dataclass
@@ -235,6 +241,15 @@ def bench_select(step: Step, vendor: Any, sweep: bool) -> torch.Tensor:
     return selected
 
 
+def random_selection(step: Step) -> torch.Tensor:
+    """As select returns it, of random positions."""
+    selected = torch.full((len(step.lengths), TOP_K), -1, dtype=torch.int32, device="cuda")
+    for row, length in enumerate(step.lengths):
+        chosen = torch.randperm(length, device="cuda")[:TOP_K].sort().values
+        selected[row, : len(chosen)] = chosen
+    return selected
+
+
 def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sweep: bool) -> None:
     count = len(step.lengths)
     padded = max(64, heads) if vendor and step.decode else heads  # what the vendor's layer allocates
@@ -251,44 +266,107 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
 
     against = None
     for name, provider in (("vendor", vendor), ("triton", triton_attend)):
-        if provider:
+        if provider and time.monotonic() < DEADLINE:
             run(provider)
             gate_attend(step, query, selected, scale, out)
             seconds = measure(lambda provider=provider: run(provider), step.decode)
             report(f"attend {name}  {step.name}, {heads} heads", seconds, moved, operations, BF16, against)
-            against = seconds
+            against = seconds if provider is vendor else against
     if sweep:
-        before = triton_configs.attend
-        device = out.device
-        base = before(device, step.latent_cache.dtype, query.dtype, heads, TOP_K)
-        for block_heads, block_keys, warps, stages, splits in ATTEND_SWEEP:
-            if block_heads > max(16, heads) or (step.decode and splits == 1) or (block_heads == 16 and heads == 128):
-                continue
-            config = replace(
-                base,
-                block_heads=block_heads,
-                block_keys=block_keys,
-                warps=warps,
-                stages=stages,
-                splits=splits,
-                split_keys=TOP_K // splits,
-            )
-            triton_configs.attend = lambda *_, config=config: config
-            name = f"    {block_heads} heads {block_keys} keys {warps} warps {stages} stages {splits} splits"
-            try:
-                run(triton_attend)
-                gate_attend(step, query, selected, scale, out)
-                report(name, measure(lambda: run(triton_attend), step.decode), moved, operations, BF16, against)
-            except (triton.OutOfResources, compare.Mismatch) as error:
-                print(f"{name}: {error}", flush=True)
-        triton_configs.attend = before
+        candidates = sorted(attend_candidates(step, heads), key=str)
+        compile_candidates(step, heads, candidates)
+        for candidate in candidates:
+            if time.monotonic() > DEADLINE:
+                print("    out of time", flush=True)
+                return
+            name = f"    {describe(candidate)}"
+            with configured(candidate):
+                try:
+                    run(triton_attend)
+                    gate_attend(step, query, selected, scale, out)
+                    seconds = measure(lambda: run(triton_attend), step.decode)
+                except (triton.OutOfResources, compare.Mismatch, RuntimeError) as error:
+                    print(f"{name}: {type(error).__name__} {str(error)[:200]}", flush=True)
+                else:
+                    report(name, seconds, moved, operations, BF16, against)
 
 
-ATTEND_SWEEP = (
-    *itertools.product((16,), (32, 64), (4, 8), (1, 2, 3), (1, 8)),
-    *itertools.product((32,), (32, 64), (4, 8), (2,), (1, 4)),
-    *itertools.product((64,), (32, 64), (8,), (1, 2, 3), (1,)),
+Candidate = triton_configs.Wide | triton_configs.Attend
+
+
+def attend_candidates(step: Step, heads: int) -> set[Candidate]:
+    """Configurations to try: of prefills Wide, of decodes Attend."""
+    many = heads > 32
+    if not step.decode:
+        return {triton_configs.Wide(*numbers) for numbers in (WIDE_MANY if many else WIDE_FEW)}
+    base = triton_configs.attend(step.rows.lengths.device, step.latent_cache.dtype, torch.bfloat16, heads, TOP_K)
+    found: set[Candidate] = set()
+    for splits in (2, 4, 8):
+        parts = dict(splits=splits, split_keys=TOP_K // splits)
+        for numbers in COMPACT_MANY if many else COMPACT_FEW:
+            found.add(replace(base, **parts, wide=triton_configs.Wide(*numbers)))
+        for block_heads, block_keys, warps, stages in CACHED if splits > 2 else ():
+            if block_heads <= max(16, heads):
+                sizes = dict(block_heads=block_heads, block_keys=block_keys, warps=warps, stages=stages)
+                found.add(replace(base, **sizes, **parts, wide=None))
+    return found
+
+
+# (block_heads, block_keys, warps, stages, keys_first)
+WIDE_FEW = (
+    *((16, 64, warps, 3, True) for warps in (4, 8)),
+    *itertools.product((16,), (32,), (4, 8), (3, 5), (False,)),
+    *((16, 64, warps, 3, False) for warps in (4, 8)),
 )
+WIDE_MANY = (*((64, 32, 8, stages, False) for stages in (3, 5, 7)), (64, 64, 8, 3, False), (32, 64, 8, 3, True))
+COMPACT_FEW = ((16, 64, 4, 2, True), (16, 32, 4, 3, False), (16, 32, 8, 3, False))
+COMPACT_MANY = ((64, 32, 8, 3, False), (64, 32, 8, 4, False), (64, 64, 8, 2, False))
+CACHED = (*itertools.product((16,), (32, 64), (4, 8), (1, 2)), (32, 32, 8, 2))
+
+
+def describe(candidate: Candidate) -> str:
+    if isinstance(candidate, triton_configs.Wide):
+        c = candidate
+        return f"wide {c.block_heads}h {c.block_keys}k {c.warps}w {c.stages}s{' keys first' if c.keys_first else ''}"
+    if candidate.wide:
+        return f"{describe(candidate.wide)} {candidate.splits} splits"
+    c = candidate
+    return f"cached {c.block_heads}h {c.block_keys}k {c.warps}w {c.stages}s {c.splits} splits whole at {c.whole_rows}"
+
+
+@contextmanager
+def configured(candidate: Candidate) -> Iterator[None]:
+    """attend as ``candidate`` has it."""
+    name = "attend_wide" if isinstance(candidate, triton_configs.Wide) else "attend"
+    before = getattr(triton_configs, name)
+    setattr(triton_configs, name, lambda *_: candidate)
+    try:
+        yield
+    finally:
+        setattr(triton_configs, name, before)
+
+
+def compile_candidates(step: Step, heads: int, candidates: list[Candidate]) -> None:
+    """Fill Triton's cache on all cores."""
+    begin = time.monotonic()
+    columns, kind = step.rows.block_table.shape[1], step.latent_cache.dtype
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(compile_candidate, c, heads, columns, kind, step.decode) for c in candidates]
+        failed = sum(task.exception() is not None for task in tasks)
+    print(f"    {len(tasks)} configurations compiled in {time.monotonic() - begin:.0f} s, {failed} failed", flush=True)
+
+
+def compile_candidate(candidate: Candidate, heads: int, columns: int, kind: torch.dtype, decode: bool) -> None:
+    """One launch on two rows of one key."""
+    table = torch.zeros(2, columns, dtype=torch.int32, device="cuda")
+    rows = build_rows(torch.tensor([0, 1, 2]), torch.tensor([1, 1]), table, PAGE, 2)
+    rows = replace(rows, decodes=2 * decode)
+    latents = empty_latents(1, cache.FP8_DS_MLA if kind == torch.uint8 else "auto")
+    selected = torch.zeros(2, TOP_K, dtype=torch.int32, device="cuda")
+    out = torch.empty(2, heads, RANK, dtype=torch.bfloat16, device="cuda")
+    with configured(candidate):
+        triton_attend.attend(normal(2, heads, RANK + ROPE), latents, rows, selected, 0.1, out)
+    torch.cuda.synchronize()
 
 
 def ints(text: str) -> list[int]:
@@ -296,6 +374,7 @@ def ints(text: str) -> list[int]:
 
 
 def main() -> None:
+    global DEADLINE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=ints, default=[16, 128])
     parser.add_argument("--contexts", type=ints, default=[4096, 32768, 131072])
@@ -306,7 +385,9 @@ def main() -> None:
     parser.add_argument("--vendor", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--software", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after so long")
     arguments = parser.parse_args()
+    DEADLINE = time.monotonic() + arguments.seconds
     os.environ["VLLM_DSA_SOFTWARE_E4M3"] = str(int(arguments.software))
     ops = arguments.ops.split(",")
     torch.manual_seed(0)
@@ -316,10 +397,11 @@ def main() -> None:
         for tokens, heads in itertools.product((32, 16384), arguments.heads):
             bench_write(tokens, heads, arguments.cache)
     for context in arguments.contexts:
-        for requests, chunk in ((1, arguments.chunk), *((batch, 0) for batch in arguments.batches)):
+        steps = ((1, arguments.chunk), *((batch, 0) for batch in arguments.batches if batch))
+        for requests, chunk in steps if arguments.chunk else steps[1:]:
             requests = min(requests, max(1, (1 << 20) // context))
             step = make_step(context, requests, chunk, arguments.cache)
-            selected = bench_select(step, vendor, arguments.sweep and "select" in ops)
+            selected = bench_select(step, vendor, arguments.sweep) if "select" in ops else random_selection(step)
             if "attend" in ops:
                 for heads in arguments.heads:
                     bench_attend(step, heads, selected, vendor, arguments.sweep)

@@ -192,7 +192,8 @@ def _attend(shape: Shape) -> None:
     query = torch.zeros(4, shape.heads, shape.rank + shape.rope_dim, dtype=shape.dtype)
     selected = torch.zeros(4, shape.top_k, dtype=torch.int32)
     out = torch.zeros(4, shape.heads, shape.rank, dtype=shape.dtype)
-    triton_attend.attend(query, _latent_cache(shape), _rows(shape), selected, 0.1, out)
+    for decodes in (0, 4):
+        triton_attend.attend(query, _latent_cache(shape), replace(_rows(shape), decodes=decodes), selected, 0.1, out)
 
 
 LAUNCH = {"write": _write, "select": _select, "attend": _attend}

@@ -70,6 +70,15 @@ def kernels(request, monkeypatch) -> Any:
     return triton_provider()
 
 
+def all_decodes(kernels: Any) -> Any:
+    """attend of a provider, every row a decode."""
+    return lambda query, latent_cache, rows, *rest: kernels.attend(query, latent_cache, decodes(rows), *rest)
+
+
+def decodes(rows: Rows) -> Rows:
+    return replace(rows, decodes=len(rows.lengths), step={})
+
+
 def accumulation(case: Case) -> torch.dtype:
     """What select's dots lose, by configuration."""
     triton_configs = import_module("vllm_dsa.kernels.triton_configs")
@@ -88,6 +97,9 @@ class TestAgainstTheReference:
 
     def test_attend(self, case, kernels):
         check_attend(kernels, case, "cuda")
+
+    def test_attend_of_decodes(self, case, kernels):
+        check_attend(SimpleNamespace(attend=all_decodes(kernels)), case, "cuda")
 
 
 def selection(kernels: Any, case: Case, inputs: Inputs, codes: Any, weights: Any, rows: Rows, mine: slice) -> Any:
@@ -129,14 +141,15 @@ def parts(case: Case, inputs: Inputs) -> list[tuple[Rows, slice]]:
     return found
 
 
+@pytest.mark.parametrize("kind", [decodes, lambda rows: rows], ids=["decodes", "prefills"])
 @pytest.mark.parametrize("case", MIX, ids=lambda case: case.name)
-def test_bits_depend_on_the_row_alone(case, kernels):
+def test_bits_depend_on_the_row_alone(case, kind, kernels):
     inputs, codes, weights = written(case, "cuda")
-    whole = selection(kernels, case, inputs, codes, weights, inputs.rows, slice(None))
+    whole = selection(kernels, case, inputs, codes, weights, kind(inputs.rows), slice(None))
     for _ in range(3):
-        same(selection(kernels, case, inputs, codes, weights, inputs.rows, slice(None)), whole)
+        same(selection(kernels, case, inputs, codes, weights, kind(inputs.rows), slice(None)), whole)
     for rows, mine in parts(case, inputs):
-        same(selection(kernels, case, inputs, codes, weights, rows, mine), whole, mine)
+        same(selection(kernels, case, inputs, codes, weights, kind(rows), mine), whole, mine)
 
 
 def test_bits_do_not_depend_on_the_score_budget(kernels, monkeypatch):
@@ -166,7 +179,7 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
             x.view(torch.uint8).fill_(0xFF)
         graph.replay()
         same(captured, run())
-    same(captured, selection(kernels, case, inputs, codes, weights, step, slice(None)))
+    same(captured, selection(kernels, case, inputs, codes, weights, decodes(step), slice(None)))
 
 
 def test_no_host_synchronisation(kernels):

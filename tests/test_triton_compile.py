@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {"write_keys", "write_queries", "score", "top_k", "attend", "merge"}
+KERNELS = {"write_keys", "write_queries", "score", "top_k", "attend", "merge", "widen", "wide"}
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,32 @@ def test_op_agrees_where_the_chip_converts(op, dtype, kernels, monkeypatch):
     CHECKS[op](kernels, with_dtype(FP8, dtype))
 
 
+KEYS_FIRST = triton_configs.Wide(16, 16, warps=4, stages=1, keys_first=True)
+
+
+class Decoding:
+    """attend of a provider, every row a decode."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def attend(self, query, latent_cache, rows, *rest):
+        return self.kernels.attend(query, latent_cache, replace(rows, decodes=len(rows.lengths), step={}), *rest)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("wide", [None, triton_configs.Wide(16, 16, 4, 1), KEYS_FIRST], ids=["cached", "wide", "keys"])
+def test_decodes_agree(case, wide, kernels, configured):
+    configured("attend", wide=wide)
+    check_attend(Decoding(kernels), case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_prefills_agree_keys_first(case, kernels, monkeypatch):
+    monkeypatch.setattr(triton_configs, "attend_wide", lambda *_: KEYS_FIRST)
+    check_attend(kernels, case)
+
+
 def test_fp8_dots_agree(kernels, configured, monkeypatch):
     monkeypatch.setattr(triton_configs, "arch", lambda device: 90)
     configured("score", block_keys=32)

@@ -44,8 +44,22 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Wide:
+    """attend to rows widened to the model's dtype. keys_first: products are [keys, heads], not [heads, keys]."""
+
+    block_heads: int
+    block_keys: int
+    warps: int
+    stages: int
+    keys_first: bool = False
+
+
+@dataclass(frozen=True)
 class Attend:
-    """attend. The splits follow from the layer's shape, never from the batch: the results' bits depend on them."""
+    """attend of decodes. The splits follow from the layer's shape, never from the batch: the bits depend on them.
+
+    wide: how to attend to the selected rows once they are widened; None: straight to the cache.
+    """
 
     block_heads: int
     block_keys: int
@@ -56,6 +70,7 @@ class Attend:
     whole_rows: int
     merge_heads: int
     hardware_e4m3: bool
+    wide: Wide | None = None
 
 
 def arch(device: torch.device) -> int:
@@ -76,6 +91,11 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def hardware_e4m3(device: torch.device) -> bool:
+    """Whether a device's kernels let the chip convert e4m3."""
+    return _hardware(arch(device))
+
+
 def _hardware(chip: int) -> bool:
     return chip >= 89 and not envs.VLLM_DSA_SOFTWARE_E4M3
 
@@ -92,6 +112,16 @@ def score(device: torch.device) -> Score:
     if chip in (90, 100):
         return Score(128, 32, 64, 8192, warps=4, stages=3, fp8_dot=hardware, hardware_e4m3=hardware)
     return Score(64, 32, 64, 8192, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
+
+
+def attend_wide(device: torch.device, model: torch.dtype, heads: int) -> Wide:
+    """Measured: nowhere yet."""
+    chip = arch(device)
+    if model == torch.float32:
+        return Wide(16, 16, warps=4, stages=1)
+    if chip == 90 and heads > 32:
+        return Wide(64, 32, warps=8, stages=7)
+    return Wide(16, 32, warps=4, stages=3)
 
 
 def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
