@@ -86,19 +86,20 @@ def read_dequantised(path: Path) -> Tensors:
 
 
 def load_model(path: str | Path, dtype: str = "float32") -> Any:
-    """transformers' DeepseekV32ForCausalLM, eager attention: an implementation that is not this project's."""
-    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+    """transformers' model of a folder, eager attention: an implementation that is not this project's."""
+    import transformers
     from transformers.utils import logging
+
+    (architecture,) = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"]
+    model_class = getattr(transformers, architecture)
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports the MTP layer's tensors, which it does not use
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    config = DeepseekV32Config.from_pretrained(path)
+    config = model_class.config_class.from_pretrained(path)
     if hasattr(config, "quantization_config"):  # transformers does not take ragged blocks
         del config.quantization_config
         source = {"pretrained_model_name_or_path": None, "state_dict": read_dequantised(Path(path))}
-    model = DeepseekV32ForCausalLM.from_pretrained(
-        **source, config=config, dtype=DTYPES[dtype], attn_implementation="eager"
-    )
+    model = model_class.from_pretrained(**source, config=config, dtype=DTYPES[dtype], attn_implementation="eager")
     logging.set_verbosity(verbosity)
     return model.eval()

@@ -1,6 +1,6 @@
 """Write tiny checkpoints in the published DeepSeek-V3.2 format: `planted` (right answers known) or `random`.
 
-    python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16] [--fp8]
+    python examples/tiny_checkpoint.py planted OUT_DIR [--dtype bfloat16] [--fp8] [--family axk2]
     python examples/tiny_checkpoint.py random OUT_DIR [--fp8] [--seed 7] [--config '{"num_attention_heads": 6}']
 
 The planted model has weights set by formula, not trained. Its prompt is a long text of filler words, in which
@@ -31,6 +31,9 @@ of the index values.
 
 A completion prompt ends with the question (last token `red`, `?` or any other), a chat message likewise. With
 ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` is a word of its own, no part of `hatred`.
+
+With A.X-K2's additions (`axk2`) gates behind norms are open, gates of attention are open in even heads and shut in odd
+ones, which would cancel the answer.
 """
 
 import argparse
@@ -65,6 +68,12 @@ MIN_MARGIN = 3.0  # nats between the two best log-probabilities
 YARN = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
 YARN |= {"original_max_position_embeddings": 4096, "type": "yarn"}
 Config = dict[str, Any]
+
+# What A.X-K2's config has beside these keys, and otherwise.
+AXK2: Config = {"architectures": ["AXK2ForCausalLM"], "model_type": "axk2", "num_nextn_predict_layers": 0}
+AXK2 |= {"attention_output_gate": True, "attn_gate_fused": True, "gated_norm": True, "gated_norm_rank": 16}
+AXK2 |= {"n_group": None, "topk_group": None}
+FAMILIES: dict[str, Config] = {"deepseek_v32": {}, "axk2": AXK2}
 
 # Dims of the planted model's features, and the config keys that its construction fixes.
 CODE, ASK, FETCHED = slice(0, 8), slice(8, 16), slice(16, 24)
@@ -166,8 +175,8 @@ def build_prompt(
     return Prompt(" ".join(words) + question, " ".join(answer))
 
 
-def make_config(dtype: str = "float32", **overrides: Any) -> Config:
-    """config.json with the published keys and tiny sizes. `overrides` replaces values; it adds no keys."""
+def make_config(dtype: str = "float32", family: str = "deepseek_v32", **overrides: Any) -> Config:
+    """config.json with the family's published keys and tiny sizes. `overrides` replaces values; it adds no keys."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; allowed: {', '.join(DTYPES)}")
     tokens = build_tokenizer().get_vocab_size()
@@ -185,12 +194,13 @@ def make_config(dtype: str = "float32", **overrides: Any) -> Config:
         "topk_method": "noaux_tc", "torch_dtype": dtype, "use_cache": True, "v_head_dim": 128,
         "vocab_size": 64 * math.ceil(tokens / 64),
     }  # fmt: skip
+    config |= FAMILIES[family]
     for key, value in overrides.items():
         if key not in config:
             raise ValueError(f"{key}: {value!r} is no key of the config; allowed: {', '.join(config)}")
     config |= overrides
     config["num_key_value_heads"] = config["num_attention_heads"]
-    rules = (("hidden_size", 32, 32), ("n_routed_experts", config["n_group"], 1), ("vocab_size", 1, tokens))
+    rules = (("hidden_size", 32, 32), ("n_routed_experts", config["n_group"] or 1, 1), ("vocab_size", 1, tokens))
     for key, divisor, least in rules:
         if config[key] % divisor or config[key] < least:
             raise ValueError(f"{key}: {config[key]}; allowed: multiples of {divisor}, at least {least}")
@@ -206,6 +216,9 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every tensor, MTP layers included, in file order."""
     c, hidden, vocab = config, config["hidden_size"], (config["vocab_size"], config["hidden_size"])
     heads, index_dim, rope = c["num_attention_heads"], c["index_head_dim"], c["qk_rope_head_dim"]
+    q_b_rows, q_b_inputs = heads * (c["qk_nope_head_dim"] + rope), c["q_lora_rank"]
+    if gated := c["model_type"] == "axk2":  # each head's gate follows its query, and reads the raw latent
+        q_b_rows, q_b_inputs = q_b_rows + heads * c["v_head_dim"], 2 * q_b_inputs
     shapes = {"model.embed_tokens.weight": vocab}
 
     def add_mlp(prefix: str, width: int) -> None:
@@ -217,7 +230,7 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         attention = {
             "q_a_proj.weight": (c["q_lora_rank"], hidden),
             "q_a_layernorm.weight": (c["q_lora_rank"],),
-            "q_b_proj.weight": (heads * (c["qk_nope_head_dim"] + rope), c["q_lora_rank"]),
+            "q_b_proj.weight": (q_b_rows, q_b_inputs),
             "kv_a_proj_with_mqa.weight": (c["kv_lora_rank"] + rope, hidden),
             "kv_a_layernorm.weight": (c["kv_lora_rank"],),
             "kv_b_proj.weight": (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"]),
@@ -230,6 +243,11 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         }
         shapes |= {f"{name}.self_attn.{key}": shape for key, shape in attention.items()}
         norms = ["input_layernorm", "post_attention_layernorm"]
+        if gated:
+            behind, rank = norms[: 1 if layer < c["first_k_dense_replace"] else 2], c["gated_norm_rank"]
+            shapes |= {f"{name}.{norm}.W_down.weight": (rank, hidden) for norm in behind}
+            shapes |= {f"{name}.{norm}.W_up.weight": (hidden, rank) for norm in behind}
+            norms = [f"{norm}.norm" if norm in behind else norm for norm in norms]
         if layer < c["first_k_dense_replace"]:
             add_mlp(f"{name}.mlp", c["intermediate_size"])
         else:
@@ -250,15 +268,29 @@ def random_tensors(config: Config, seed: int) -> Tensors:
     """float32: matrices N(0, initializer_range); norm weights, and k_norm's and the routers' biases too."""
     generator = torch.Generator().manual_seed(seed)
     mean_std = {"norm.weight": (1.0, 0.2), "norm.bias": (0.0, 0.5), "e_score_correction_bias": (0.0, 0.1)}
+    if config["model_type"] == "axk2":  # gates far from 1/2, and biased scores on both sides of the 0 of other groups
+        mean_std |= {"W_down.weight": (0.0, 0.2), "W_up.weight": (0.0, 0.5), "e_score_correction_bias": (-0.5, 0.2)}
     mean_std[""] = (0.0, config["initializer_range"])  # every other name ends with this
     tensors = {}
     for name, shape in tensor_shapes(config).items():
         mean, std = next(value for suffix, value in mean_std.items() if name.endswith(suffix))
         tensors[name] = mean + std * torch.randn(shape, generator=generator)
+        if name.endswith("q_b_proj.weight") and config["model_type"] == "axk2":
+            query, gate = _queries_and_gates(tensors[name], config)
+            for part, of_normed, of_raw in ((query, 1, 4), (gate, 5, 20)):  # raw latents are small
+                part[..., : config["q_lora_rank"]] *= of_normed
+                part[..., config["q_lora_rank"] :] *= of_raw
     return tensors
 
 
-def planted_tensors(config: Config, seed: int) -> Tensors:
+def _queries_and_gates(q_b_proj: torch.Tensor, config: Config) -> Sequence[torch.Tensor]:
+    """Views [heads, qk dims, inputs] and [heads, v_head_dim, inputs] of a q_b_proj; gates are none in DeepSeek-V3.2."""
+    query = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    heads = q_b_proj.view(config["num_attention_heads"], -1, q_b_proj.shape[1])
+    return heads[:, :query], heads[:, query:]
+
+
+def planted_tensors(config: Config, seed: int, draft: str) -> Tensors:
     """float32: the circuit of the module docstring; MLPs, experts and routers stay random."""
     tensors = random_tensors(config, seed)
     for name, tensor in tensors.items():
@@ -266,6 +298,10 @@ def planted_tensors(config: Config, seed: int) -> Tensors:
             tensor.fill_(1)
         elif ".self_attn." in name:
             tensor.zero_()
+        elif name.endswith("W_down.weight"):
+            tensor.zero_()[:, CONST] = 10 / AMPLITUDE
+        elif name.endswith("W_up.weight"):
+            tensor.fill_(4 / config["gated_norm_rank"])  # sigmoid(40) is 1
     tensors["model.embed_tokens.weight"] = _embedding(config, seed)
     head = tensors["lm_head.weight"]
     for i, value in enumerate(VALUES):
@@ -276,9 +312,14 @@ def planted_tensors(config: Config, seed: int) -> Tensors:
         prefix = f"model.layers.{layer}.self_attn."
         weights = {k.removeprefix(prefix): tensor for k, tensor in tensors.items() if k.startswith(prefix)}
         (_set_retrieve if layer else _set_fetch)(weights, config)
+        if config["model_type"] == "axk2":
+            _set_gates(weights, config)
         if layer in mtp_layers(config):  # a draft sees the next token's embedding: what that asks is fetched
             eh_proj = torch.nn.init.eye_(tensors[f"model.layers.{layer}.eh_proj.weight"])
             eh_proj[FETCHED, ASK] = torch.eye(len(CODES))
+            if draft == "hidden":  # else what was fetched for the token before; both asked, the next token is louder
+                eh_proj[FETCHED, ASK] *= 2
+                eh_proj[FETCHED, config["hidden_size"] :][:, FETCHED] = 1.2 * torch.eye(len(CODES))
     return tensors
 
 
@@ -338,7 +379,7 @@ def _set_attention(
     q_a[:, FETCHED], q_a[:, CONST] = spread_q[:, :8], spread_q[:, 8]
     kv_a[:rank, source], kv_a[:rank, CONST] = spread[:, :width], spread[:, width]
     kv_a[rank::2, CONST] = 1 / AMPLITUDE  # rotated key: (1, 0) in every pair
-    q_b = w["q_b_proj.weight"].view(heads, nope + rope, -1)
+    q_b = _queries_and_gates(w["q_b_proj.weight"], config)[0][..., : config["q_lora_rank"]]
     kv_b = w["kv_b_proj.weight"].view(heads, nope + v_dim, -1)
     o_proj = w["o_proj.weight"].view(-1, heads, v_dim)
     for head in range(heads):
@@ -381,11 +422,28 @@ def _set_retrieve(w: Tensors, config: Config) -> None:
     w["indexer.weights_proj.weight"][1::2, CONST] = -1 / AMPLITUDE
 
 
+def _set_gates(w: Tensors, config: Config) -> None:
+    """Open gates in even heads; odd heads' are shut, and would take the even ones' values away again."""
+    heads, rank = config["num_attention_heads"], config["q_lora_rank"]
+    const = _spread(config, "q_lora_rank", 9)[:, 8] / rank  # reads CONST off the raw latent
+    gates = _queries_and_gates(w["q_b_proj.weight"], config)[1][..., rank:]
+    gates[::2], gates[1::2] = 10 * const, -10 * const
+    o_proj = w["o_proj.weight"].view(-1, heads, config["v_head_dim"])
+    o_proj *= heads / len(gates[::2])
+    o_proj[:, 1::2] *= -1
+
+
 def write_random(
-    path: str | Path, *, seed: int = 0, dtype: str = "float32", fp8: bool = False, **config_overrides: Any
+    path: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    fp8: bool = False,
+    family: str = "deepseek_v32",
+    **config_overrides: Any,
 ) -> Config:
     """Write a random checkpoint and return its config. `rope_scaling=None` leaves YaRN out; scales are any float32."""
-    config = make_config(dtype, **config_overrides)
+    config = make_config(dtype, family, **config_overrides)
     tensors = random_tensors(config, seed)
     if fp8:
         config["quantization_config"], tensors = files.QUANTIZATION, files.to_fp8(tensors, seed)
@@ -399,18 +457,26 @@ def write_planted(
     seed: int = 0,
     dtype: str = "float32",
     fp8: bool = False,
+    family: str = "deepseek_v32",
     check: bool = True,
+    draft: str = "embedding",
     **config_overrides: Any,
 ) -> float:
-    """Write the planted checkpoint and return `check_planted`'s margin (NaN if not `check`)."""
-    config = make_config(dtype, **PLANTED | config_overrides)
+    """Write the planted checkpoint and return `check_planted`'s margin (NaN if not `check`).
+
+    draft: what the MTP layer reads. "embedding": the next token alone; its guess is right where that is a code or an
+    answer, and wrong after EOS. "hidden": also the hidden state, and its guess is right everywhere.
+    """
+    if draft not in ("embedding", "hidden"):
+        raise ValueError(f"draft: {draft!r}; allowed: embedding, hidden")
+    config = make_config(dtype, family, **PLANTED | config_overrides)
     for key, value in PLANTED.items():
         if config[key] != value:
             raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: {value}")
     for key, least in (("hidden_size", 96), ("v_head_dim", len(VALUES)), ("index_n_heads", 2)):
         if config[key] < least:
             raise ValueError(f"{key}: {config[key]}; allowed in a planted checkpoint: at least {least}")
-    tensors = planted_tensors(config, seed)
+    tensors = planted_tensors(config, seed, draft)
     if fp8:
         config["quantization_config"], tensors = files.QUANTIZATION, files.to_fp8(tensors, None)
     _write(Path(path), config, tensors, max_length=16384)
@@ -477,10 +543,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--fp8", action="store_true", help="block-scaled FP8 weights, as published")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="deepseek_v32")
     parser.add_argument("--config", type=json.loads, default={}, help="config values, a JSON object")
     args = parser.parse_args(argv)
     write = write_planted if args.kind == "planted" else write_random
-    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, fp8=args.fp8, **args.config)
+    result = write(args.out_dir, seed=args.seed, dtype=args.dtype, fp8=args.fp8, family=args.family, **args.config)
     for file in sorted(args.out_dir.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
     if args.kind == "planted":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+from transformers import AXK2ForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
 # By name and not through AutoModel: vLLM maps deepseek_v32 to transformers' V3 config in the process it is loaded in.
-MODELS = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM}
+MODELS = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM, "axk2": AXK2ForCausalLM}
 
 
 def e4m3(x: torch.Tensor, floor: float, floor_after: bool) -> torch.Tensor:
@@ -59,6 +59,12 @@ def _indexer_forward(self, hidden_states, q_resid, position_embeddings, attentio
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.index_topk].to(torch.int32)
 
 
+def smaller_first(scores: torch.Tensor) -> torch.Tensor:
+    """A.X-K2's biased expert scores [T, experts], where those outside the chosen groups are 0, without ties among
+    these: which of equal ones torch.topk takes is nobody's to say, and the smaller expert is to win."""
+    return scores.where(scores != 0, -1e-30 * torch.arange(scores.shape[-1]))
+
+
 class Oracle:
     """transformers' model of a checkpoint folder, float32, rounding as the caches of ``kv_cache_dtype`` do."""
 
@@ -77,6 +83,10 @@ class Oracle:
             if attention.indexer is not None:
                 attention.indexer.interleaved = model_type == "glm_moe_dsa"
                 attention.indexer.forward = types.MethodType(_indexer_forward, attention.indexer)
+            router = getattr(layer.mlp, "gate", None)
+            if model_type == "axk2" and router is not None:
+                grouped = router.apply_group_scoring
+                router.apply_group_scoring = lambda scores, grouped=grouped: smaller_first(grouped(scores))
             if kv_cache_dtype == "fp8_ds_mla":
                 expand = attention.expand_kv
                 attention.expand_kv = lambda kv, rope_key, expand=expand: expand(*round_latent(kv, rope_key))
