@@ -12,7 +12,7 @@ import torch
 
 from vllm_dsa import cache
 from vllm_dsa.kernels import Norms, Rope, reference
-from vllm_dsa.metadata import Rows, build_rows, tokens_to_slots
+from vllm_dsa.metadata import Rows, build_rows, count_decodes, tokens_to_slots
 
 UNUSED_BLOCK = 1_000_000_007  # block-table entries past a request's last block
 
@@ -24,6 +24,7 @@ class Case:
     ties: "no"; "all", every index key the same; "few", five different ones; "zero", every score zero or minus zero.
     page_padding: values between one latent page and the next; between index pages four times as many bytes.
     padding_rows: rows at the end that belong to no request: length 0, slot -1.
+    decode_rows: leading requests of at most so many new tokens count as decoding (Rows.decodes).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     block_size: int = 16
     page_padding: int = 8
     padding_rows: int = 0
+    decode_rows: int = 0
     poison: int = 0xFF
     index_interleaved: bool = False
     ties: str = "no"
@@ -133,7 +135,17 @@ CASES = (
     Case("fp8", ((0, 60), (90, 3)), latent_kind=cache.FP8_DS_MLA, rank=512, rope_dim=64),
     replace(V32, name="fp8 v32", requests=((2100, 1), (300, 5)), latent_kind=cache.FP8_DS_MLA),
 )
-BY_NAME = {case.name: case for case in CASES}
+# Steps of the published models as vLLM lays out their pages, which is all that the vendor's libraries read.
+_SERVED = replace(V32, dtype=torch.bfloat16, latent_kind=cache.FP8_DS_MLA, page_padding=0, decode_rows=1)
+PUBLISHED = (
+    replace(_SERVED, name="published decode", requests=((5000, 1), (2048, 1), (300, 1), (2047, 1))),
+    replace(_SERVED, name="published prefill", requests=((3000, 40), (0, 300))),
+    replace(_SERVED, name="published mixed", requests=((6000, 1), (40, 1), (2040, 16))),
+    replace(_SERVED, name="published all heads", requests=((4000, 1), (2046, 5)), heads=128),
+    replace(_SERVED, name="published bf16 cache", requests=((4000, 1), (2046, 5)), latent_kind="auto"),
+    replace(_SERVED, name="published glm", requests=((4000, 1), (0, 70)), index_heads=32, index_interleaved=True),
+)
+BY_NAME = {case.name: case for case in (*CASES, *PUBLISHED)}
 
 
 def with_dtype(case: Case, dtype: torch.dtype) -> Case:
@@ -218,7 +230,8 @@ def _rows(case: Case, ends: list[int], random: torch.Generator) -> Rows:
     for i, taken in enumerate(order[: sum(blocks)].split(blocks)):
         table[i, : len(taken)] = taken
     starts = torch.tensor([0, *(new for _, new in case.requests)]).cumsum(0).int()
-    return build_rows(starts, torch.tensor(ends, dtype=torch.int32), table, case.block_size, case.tokens)
+    rows = build_rows(starts, torch.tensor(ends, dtype=torch.int32), table, case.block_size, case.tokens)
+    return replace(rows, decodes=count_decodes(list(rows.starts), case.decode_rows) if case.decode_rows else 0)
 
 
 def _caches(case: Case, pages: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,15 @@ TOLERANCE = {
     # Both are rounded to 8 bits, and may fall to either side of a rounding border: one step of the largest value.
     torch.bfloat16: 2.0**-7,
 }
+# The same for each provider.
+PROVIDER_TOLERANCE = {
+    "cpu": TOLERANCE,
+    # Tensor cores' sums, approximate exp2 and log2; attention weights in bfloat16 are rounded to 2^-9, which adds to
+    # the outputs' rounding on both sides.
+    "triton": {torch.float32: 1e-5, torch.bfloat16: 2.0**-6},
+    # FlashMLA's log-sum-exp is of logits summed in another order and in base 2.
+    "vendor": {torch.float32: 2e-4, torch.bfloat16: 2.0**-6},
+}
 # A value next to a rounding border may become the neighbouring e4m3 code; float32 noise does that to 1 in 1,000.
 CODES_THAT_MAY_DIFFER = 0.01
 # Error of an index score as a share of sum_h |w_h| |q_h| . |k|, by what the dots are accumulated in.
