@@ -31,6 +31,7 @@ from vllm_dsa.compat import (
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.indexer import Indexer
 from vllm_dsa.kernels import Norms, Rope, dispatch
+from vllm_dsa.metadata import between, dense_parts, without
 
 logger = init_logger("vllm.vllm_dsa.attention")
 
@@ -137,29 +138,38 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         )
 
     def process_weights_after_loading(self, dtype: torch.dtype) -> None:
-        """Split kv_b_proj into W_UK [N, nope, R] and W_UV [N, R, v]."""
+        """Split kv_b_proj into W_UK [N, nope, R] and W_UV [N, R, v]; join what the indexer multiplies at once."""
         config = self.config
         weight = dequantised_weight(self.kv_b_proj, dtype).view(
             self.heads, config.qk_nope_head_dim + config.v_head_dim, config.kv_lora_rank
         )
         w_uk, w_uv = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        for name, derived in (("w_uk", w_uk), ("w_uv", w_uv.transpose(1, 2))):
-            if hasattr(self, name):  # weights are reloaded, and CUDA graphs hold the address of the first
-                getattr(self, name).copy_(derived)
-            else:
-                setattr(self, name, derived.contiguous())
+        _follow(self, "w_uk", w_uk)
+        _follow(self, "w_uv", w_uv.transpose(1, 2))
+        sources = [self.kv_b_proj]
+        if self.indexer is not None:
+            _follow(self.indexer, "fused", self.indexer.derived(dtype))
+            sources += [self.indexer.wk, self.indexer.weights_proj]
         self.norms = Norms(
             latent_weight=self.kv_a_layernorm.weight.data,
             latent_eps=config.rms_norm_eps,
             index_weight=None if self.indexer is None else self.indexer.k_norm.weight.data,
             index_bias=None if self.indexer is None else self.indexer.k_norm.bias.data,
         )
-        self.absorbed = tuple(self.kv_b_proj.parameters())
+        self.absorbed = tuple(parameter for linear in sources for parameter in linear.parameters())
         self.absorbed_versions = [parameter._version for parameter in self.absorbed]
 
+    def reserve(self, values: torch.Tensor) -> None:
+        """Hold for a moment what a step of values [T, N, v] may take, so that vLLM's profile run counts it."""
+        tokens, config = len(values), self.config
+        width = self.kernels.query_heads * config.latent_dim + self.heads * config.kv_lora_rank
+        held = values.new_empty(tokens, width)
+        torch.empty(self.kernels.workspace(tokens), dtype=torch.uint8, device=values.device)
+        del held
+
     def follow_weights(self) -> None:
-        """Derive W_UK and W_UV anew if kv_b_proj has changed since: vLLM does not say so where weights are written in
-        place (`reload_weights` with is_checkpoint_format=False, sparse weight transfer). Called before every step.
+        """Derive anew what derives from weights that have changed: vLLM does not tell where they are written in place
+        (`reload_weights` with is_checkpoint_format=False, sparse weight transfer). Called before every step.
 
         Seen are `load_weights` and in-place operations on the parameters, not writes to a parameter's ``.data``.
         """
@@ -181,21 +191,15 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         raw_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        query_latent = self.q_a_layernorm(raw_latent.contiguous())
+        query_latent = self.q_a_layernorm(raw_latent)
         projected, gate = self.queries(query_latent, raw_latent)
-        nope_query, rope_query = projected.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         index_query = head_weights = index_key = None
         if self.indexer is not None and not self.reuses_selection:
             index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
 
-        query = hidden_states.new_empty(len(hidden_states), self.kernels.query_heads, config.latent_dim)
-        absorbed = query[:, : self.heads, : config.kv_lora_rank]  # the rest is write_queries'
-        torch.bmm(nope_query.transpose(0, 1), self.w_uk, out=absorbed.transpose(0, 1))
-        attended = hidden_states.new_empty(len(hidden_states), self.heads, config.kv_lora_rank)
-        _write_select_attend(
-            self, positions, latent, rope_key, index_key, rope_query, index_query, head_weights, query, attended
-        )
-        return self.output(torch.bmm(attended.transpose(0, 1), self.w_uv).transpose(0, 1), gate)
+        values = hidden_states.new_empty(len(hidden_states), self.heads, config.v_head_dim)
+        _write_select_attend(self, positions, latent, rope_key, index_key, projected, index_query, head_weights, values)
+        return self.output(values, gate)
 
 
 @eager_break_during_capture
@@ -205,34 +209,70 @@ def _write_select_attend(
     latent: torch.Tensor,
     rope_key: torch.Tensor,
     index_key: torch.Tensor | None,
-    rope_query: torch.Tensor,
+    query: torch.Tensor,
     index_query: torch.Tensor | None,
     head_weights: torch.Tensor | None,
-    query: torch.Tensor,
-    attended: torch.Tensor,
+    values: torch.Tensor,
 ) -> None:
-    """The three operations on the step's real rows; writes ``attended`` [T, N, R], zero in padding rows."""
+    """The three operations on the step's real rows: ``values`` [T, N, v] of ``query`` [T, N, nope + P], which is left
+    rotated in part; zero in padding rows."""
     metadata: DSAMetadata | None = (get_forward_context().attn_metadata or {}).get(layer.layer_name)
     if metadata is None:  # a profiling or warm-up run
-        attended.zero_()
+        layer.reserve(values)
+        values.zero_()
         return
-    n, kernels, rows, rope = metadata.num_tokens, layer.kernels, metadata.rows, layer.rope
-    attended[n:].zero_()
-    positions, query, selected = positions[:n], query[:n], layer.selection[:n, : layer.config.index_topk]
-    own_heads = query[:, : layer.heads]
+    n, config, kernels, rows, rope = metadata.num_tokens, layer.config, layer.kernels, metadata.rows, layer.rope
+    values[n:].zero_()
+    positions, query, selected = positions[:n], query[:n], layer.selection[:n, : config.index_topk]
+    nope_query, rope_query = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
     latent_pages = layer.kv_cache.squeeze(1)
+    dense = dense_parts(rows, config.index_topk, kernels.dense_rows) if kernels.attend_dense else ()
+    sparse = between([part for _, part in dense], n)
+
+    absorbed = query.new_empty(n, kernels.query_heads, config.latent_dim)
+    own_heads = absorbed[:, : layer.heads]
+    for part in sparse:
+        torch.bmm(
+            nope_query[part].transpose(0, 1),
+            layer.w_uk,
+            out=own_heads[part, :, : config.kv_lora_rank].transpose(0, 1),
+        )
     keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
     if index_key is None:
         kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
-        kernels.write_queries(rope_query[:n], None, None, rope, positions, own_heads)
+        kernels.write_queries(rope_query, None, None, rope, positions, own_heads)
     else:
         index_pages = layer.indexer.cache.pages
         kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
         codes, weights = kernels.write_queries(
-            rope_query[:n], index_query[:n], head_weights[:n], rope, positions, own_heads
+            rope_query, index_query[:n], head_weights[:n], rope, positions, own_heads
         )
         kernels.select(codes, weights, index_pages, rows, selected)
-    kernels.attend(query, latent_pages, rows, selected, layer.config.softmax_scale, attended[:n])
+    if sparse:
+        attended = query.new_empty(n, layer.heads, config.kv_lora_rank)
+        kernels.attend(absorbed, latent_pages, without(rows, dense), selected, config.softmax_scale, attended)
+        for part in sparse:
+            torch.bmm(attended[part].transpose(0, 1), layer.w_uv, out=values[part].transpose(0, 1))
+    for request, part in dense:
+        rope_query[part] = own_heads[part, :, config.kv_lora_rank :]
+        kernels.attend_dense(
+            query[part],
+            latent_pages,
+            rows,
+            request,
+            layer.w_uk,
+            layer.w_uv,
+            config.softmax_scale,
+            values[part],
+        )
+
+
+def _follow(module: nn.Module, name: str, derived: torch.Tensor) -> None:
+    """Store a weight that derives from others; where weights are reloaded, at the address that CUDA graphs hold."""
+    if hasattr(module, name):
+        getattr(module, name).copy_(derived)
+    else:
+        setattr(module, name, derived.contiguous())
 
 
 def _cos_sin(config: DSAConfig, max_model_len: int) -> torch.Tensor:

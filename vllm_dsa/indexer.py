@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from vllm_dsa import cache
 from vllm_dsa.backend import IndexCacheBackend
-from vllm_dsa.compat import AttentionLayerBase, MLAAttentionSpec, ReplicatedLinear, register_layer
+from vllm_dsa.compat import AttentionLayerBase, MLAAttentionSpec, ReplicatedLinear, dequantised_weight, register_layer
 from vllm_dsa.config import DSAConfig
 
 
@@ -66,9 +67,17 @@ class Indexer(nn.Module):
         self.weights_proj = ReplicatedLinear(
             config.hidden_size, self.heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
         )
+        # Of these two the weights are read after loading and never multiplied as they are.
+        for linear in (self.wk, self.weights_proj):
+            linear._cpu_skip_gemm_dispatch = True
         # Holds the parameters only: write_keys norms. eps is not rms_norm_eps.
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6, dtype=torch.float32)
         self.cache = IndexCache(self.head_dim, prefix=f"{prefix}.k_cache")
+
+    def derived(self, dtype: torch.dtype) -> torch.Tensor:
+        """weights_proj and wk as one weight [H + D, hidden], called ``fused`` once it is stored: on a GPU one product
+        of a few rows costs as much as two."""
+        return torch.cat([dequantised_weight(linear, dtype) for linear in (self.weights_proj, self.wk)])
 
     def forward(
         self, hidden_states: torch.Tensor, query_latent: torch.Tensor
@@ -76,4 +85,5 @@ class Indexer(nn.Module):
         """hidden_states [T, hidden], query_latent [T, q_lora_rank] (normed) to index queries [T, H, D], head weights
         [T, H] and index keys [T, D], none of them normed, rotated or scaled."""
         index_query = self.wq_b(query_latent)[0].view(-1, self.heads, self.head_dim)
-        return index_query, self.weights_proj(hidden_states)[0], self.wk(hidden_states)[0]
+        head_weights, index_key = F.linear(hidden_states, self.fused).split([self.heads, self.head_dim], dim=-1)
+        return index_query, head_weights, index_key

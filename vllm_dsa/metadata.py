@@ -1,6 +1,8 @@
 """What one step asks of the kernels: pure functions from lengths and block tables to rows."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,6 +58,40 @@ def build_rows(
         starts=tuple(starts),
         ends=tuple(ends),
     )
+
+
+def dense_parts(rows: Rows, top_k: int, least: int) -> tuple[tuple[int, slice], ...]:
+    """Requests past the decodes that bring at least ``least`` rows which see at most top_k keys, each with those rows.
+
+    Such rows select every key they see, so that dense attention serves them as well.
+    """
+    key = ("dense parts", top_k, least)
+    if key not in rows.step:
+        found = []
+        for request, (first, last) in enumerate(pairwise(rows.starts)):
+            count = min(last - first, top_k - (rows.ends[request] - (last - first)))
+            if first >= rows.decodes and count >= least:
+                found.append((request, slice(first, first + count)))
+        rows.step[key] = tuple(found)
+    return rows.step[key]
+
+
+def between(parts: Sequence[slice], count: int) -> tuple[slice, ...]:
+    """The ranges of 0:count that are in none of parts, which ascend; none is empty."""
+    borders = [0, *(border for part in parts for border in (part.start, part.stop)), count]
+    return tuple(slice(first, last) for first, last in zip(borders[::2], borders[1::2], strict=True) if first < last)
+
+
+def without(rows: Rows, parts: tuple[tuple[int, slice], ...]) -> Rows:
+    """Rows that see no key in ``parts``, as dense_parts returns them, and are the same elsewhere."""
+    if not parts:
+        return rows
+    if "without" not in rows.step:
+        lengths = rows.lengths.clone()
+        for _, part in parts:
+            lengths[part] = 0
+        rows.step["without"] = replace(rows, lengths=lengths)
+    return rows.step["without"]
 
 
 def count_decodes(starts: list[int], longest: int) -> int:

@@ -32,6 +32,10 @@ attend: gather the selected latent rows and attend to them
         softmax(scale * query . [latent ‖ rope key]) over the selected positions, times the latents. Returns the
         natural log-sum-exp [T, N] float32. A row that selects nothing gives 0 and -inf.
 
+    attend_dense(query, latent_cache, rows, request, w_uk, w_uv, scale, out) -> None, where a provider has it
+        The same without absorption, for rows that see at most K keys: query [m, N, nope + P], rotated, of rows of one
+        request, the first ones of the step; w_uk [N, nope, R], w_uv [N, R, v]; out [m, N, v] model dtype.
+
 Both select and attend give bit-equal results for bit-equal rows, whatever else is in the batch. ``-1`` is the only
 padding index. Bytes of a page that no token was written to may be anything, NaN included, and must not matter.
 """

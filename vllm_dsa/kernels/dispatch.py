@@ -6,6 +6,7 @@ are in ``Kernels.summary``, and where no provider can serve, that is an error. A
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -58,7 +59,10 @@ class Kernels:
     write_queries: Callable[..., Any]
     select: Callable[..., Any]
     attend: Callable[..., Any]
+    attend_dense: Callable[..., None] | None  # None: all rows go through attend
+    dense_rows: int  # from so many rows of a request on attend_dense is the faster
     query_heads: int  # heads to allocate attend's query with, at least num_heads
+    workspace: Callable[[int], int]  # bytes that select and attend may take for so many rows, their outputs aside
     providers: dict[str, str]  # operation -> provider
     summary: str
 
@@ -119,8 +123,16 @@ def choose(request: Request) -> Kernels:
         function: getattr(import_module(chosen[op].modules[op]), function) for op in OPS for function in FUNCTIONS[op]
     }
     providers = {op: chosen[op].name for op in OPS}
-    pad = getattr(import_module(chosen["attend"].modules["attend"]), "query_heads", None)
-    query_heads = pad(request) if pad else request.num_heads
+    attend = import_module(chosen["attend"].modules["attend"])
+    pad, workspace = getattr(attend, "query_heads", None), getattr(attend, "workspace", None)
     served = ", ".join(f"{op}: {name}" for op, name in providers.items())
     summary = f"{served} (refused: {against or 'none'})"
-    return Kernels(**functions, query_heads=query_heads, providers=providers, summary=summary)
+    return Kernels(
+        **functions,
+        attend_dense=getattr(attend, "attend_dense", None),
+        dense_rows=getattr(attend, "DENSE_ROWS", 0),
+        query_heads=pad(request) if pad else request.num_heads,
+        workspace=partial(workspace, request) if workspace else lambda tokens: 0,
+        providers=providers,
+        summary=summary,
+    )

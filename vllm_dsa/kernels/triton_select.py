@@ -24,6 +24,7 @@ from vllm_dsa.kernels.triton_e4m3 import decode
 from vllm_dsa.metadata import Rows
 
 SCAN = 1024
+ROWS = 4096  # ranked at a time: 134 MB of candidates at a top_k of 2048
 FEW_ROWS = 256  # so few programs leave most of a chip idle: more warps for each
 
 
@@ -142,23 +143,11 @@ def _narrow_in_memory(scores, length, low, high, many, TOP_K: tl.constexpr, CHUN
 
 
 @triton.jit
-def _top_k_kernel(
-    scores, candidates, lengths, out, scores_stride, out_stride,
-    TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """One program a row, which appends SCAN positions at a time. candidates [rows, 2, CHUNK] int32: positions of the candidates, then their scores' bits.
-
-    scores_stride counts units of UNIT scores.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + row)
-    out += row * out_stride
+def _top_k_row(
+    scores, length, places, out, TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr
+):
+    """The top-k of scores[:length], more than TOP_K, into out. places: one program's of ``candidates`` below."""
     column = tl.arange(0, CHUNK)
-    if length <= TOP_K:
-        tl.store(out + column, tl.where(column < length, column, -1), mask=column < TOP_K)
-        return
-    scores += row * scores_stride * UNIT
-    places = candidates + row * (2 * CHUNK)
     kept = (places + CHUNK).to(tl.pointer_type(tl.float32), bitcast=True)
 
     best = tl.zeros([CHUNK], tl.uint32)
@@ -211,6 +200,27 @@ def _top_k_kernel(
         written += tl.sum(above, axis=0) + tied
 
 
+@triton.jit(do_not_specialize=["scores_stride", "out_stride"], do_not_specialize_on_alignment=["lengths", "out"])
+def _top_k_kernel(
+    scores, candidates, lengths, out, scores_stride, out_stride,
+    TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program a row, which appends SCAN positions at a time.
+
+    candidates [rows, 2, CHUNK] int32: positions of the row's candidates, then their scores' bits. scores_stride counts
+    units of UNIT scores.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + row)
+    out += row * out_stride
+    if length <= TOP_K:
+        column = tl.arange(0, CHUNK)
+        tl.store(out + column, tl.where(column < length, column, -1), mask=column < TOP_K)
+    else:
+        scores += row * scores_stride * UNIT
+        _top_k_row(scores, length, candidates + row * (2 * CHUNK), out, TOP_K, CHUNK, SCAN, UNIT)
+
+
 def select(
     codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
 ) -> None:
@@ -222,7 +232,7 @@ def select(
     bound = rows.block_table.shape[1] * rows.block_size
     longest = bound if rows.decodes >= tokens else max(rows.ends, default=bound)
     stride = 64 * triton.cdiv(max(1, longest), 64)
-    tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride + 8 * _chunk(top_k))))
+    tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride)))
     scored = torch.empty(tile, stride, dtype=torch.float32, device=out.device)
     for first in range(0, tokens, tile):
         end = min(first + tile, tokens)
@@ -234,21 +244,28 @@ def select(
 def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
     """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
     top_k, chunk = out.shape[1], _chunk(out.shape[1])
-    candidates = torch.empty(len(out), 2, chunk, dtype=torch.int32, device=out.device)
+    candidates = torch.empty(min(len(out), ROWS), 2, chunk, dtype=torch.int32, device=out.device)
     unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
-    _top_k_kernel[(len(out),)](
-        scored,
-        candidates,
-        lengths,
-        out,
-        scored.stride(0) // unit,
-        out.stride(0),
-        TOP_K=top_k,
-        CHUNK=chunk,
-        SCAN=SCAN,
-        UNIT=unit,
-        num_warps=8 if len(out) > FEW_ROWS else 16,
-    )
+    for first in range(0, len(out), ROWS):
+        mine = out[first : first + ROWS]
+        _top_k_kernel[(len(mine),)](
+            scored[first:],
+            candidates,
+            lengths[first:],
+            mine,
+            scored.stride(0) // unit,
+            out.stride(0),
+            TOP_K=top_k,
+            CHUNK=chunk,
+            SCAN=SCAN,
+            UNIT=unit,
+            num_warps=8 if len(mine) > FEW_ROWS else 16,
+        )
+
+
+def top_k_workspace(top_k: int) -> int:
+    """Bytes that top_k_rows may take."""
+    return ROWS * 2 * _chunk(top_k) * 4
 
 
 def _chunk(top_k: int) -> int:

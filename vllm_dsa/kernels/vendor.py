@@ -7,6 +7,7 @@ attend  fp8_ds_mla decodes: FlashMLA's decode kernel, straight from the pages, h
         fp8_ds_mla prefills: latents of a few requests widened to bfloat16 in a workspace, FlashMLA's prefill kernel,
         which takes 8 to 128 heads as they are
         bfloat16 cache: the prefill kernel on the pages themselves
+        rows that see at most index_topk keys: keys and values up-projected, FlashAttention
 
 What all layers of a step share (schedules, row bounds, expanded block tables) is kept in ``rows.step``.
 """
@@ -19,11 +20,12 @@ import triton
 import triton.language as tl
 
 from vllm_dsa import cache, envs
-from vllm_dsa.kernels.triton_select import top_k_rows
+from vllm_dsa.kernels.triton_select import top_k_rows, top_k_workspace
 from vllm_dsa.metadata import Rows
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
+DENSE_ROWS = 256  # below, up-projecting the keys costs more than attending to all heads' values in the latents
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def select(
     """Top-k positions of every row."""
     if rows.decodes:
         _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
-    for part in _parts(rows):
+    for part in _parts(rows, out.shape[1]):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
 
 
@@ -92,7 +94,7 @@ def _decode_table(rows: Rows) -> torch.Tensor:
     return rows.step["table"]
 
 
-def _parts(rows: Rows) -> list[Part]:
+def _parts(rows: Rows, top_k: int) -> list[Part]:
     """The step's prefill requests in groups of at most GATHER_ROWS keys (a longer one alone), made once a step."""
     if "parts" in rows.step:
         return rows.step["parts"]
@@ -113,7 +115,7 @@ def _parts(rows: Rows) -> list[Part]:
                 starts=starts,
                 row_starts=starts[(rows.requests[mine] - first).long()],
                 keys=bounds[-1],
-                tiles=_tiles(rows, first, last),
+                tiles=_tiles(rows, first, last, top_k),
             )
         )
         first = last
@@ -121,7 +123,7 @@ def _parts(rows: Rows) -> list[Part]:
     return rows.step["parts"]
 
 
-def _tiles(rows: Rows, first: int, last: int) -> tuple[tuple[slice, int], ...]:
+def _tiles(rows: Rows, first: int, last: int, top_k: int) -> tuple[tuple[slice, int], ...]:
     """Row tiles of requests first:last whose score matrix fits the budget, each with its longest row's length."""
     budget = (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // 4
     base, end_row = rows.starts[first], rows.starts[last]
@@ -129,6 +131,12 @@ def _tiles(rows: Rows, first: int, last: int) -> tuple[tuple[slice, int], ...]:
     while row < end_row:
         while rows.starts[request + 1] <= row:
             request += 1
+        left = rows.starts[request + 1] - row
+        short = top_k - (rows.ends[request] - left)  # rows from here on that see at most top_k keys: never scored
+        if DENSE_ROWS <= short < left:
+            tiles.append((slice(row - base, row - base + short), top_k))
+            row += short
+            continue
         # Lengths grow within a request, so the last row of a tile bounds it; a tile may span several short requests.
         stop, longest, at = row, 0, request
         while at < last:
@@ -161,6 +169,9 @@ def _select_part(
     lengths = rows.lengths[part.rows]
     for tile, longest in part.tiles:
         starts, mine = part.row_starts[tile], lengths[tile]
+        if longest <= out.shape[1]:
+            top_k_rows(scales.view(1, -1), mine, out[tile])  # no score is looked at
+            continue
         logits = mqa_logits(codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest)
         top_k_rows(logits, mine, out[tile])
 
@@ -174,7 +185,7 @@ def attend(
         if rows.decodes:
             mine = slice(0, rows.decodes)
             lse[mine] = _attend_decodes(query[mine], latent_cache, rows, selected[mine], scale, out[mine])
-        for part in _parts(rows):
+        for part in _parts(rows, selected.shape[1]):
             lse[part.rows] = _attend_part(
                 query[part.rows], latent_cache, rows, part, selected[part.rows], scale, out[part.rows]
             )
@@ -237,6 +248,65 @@ def _attend_rows(
 
     valid = lengths.clamp(max=at.shape[1])
     return flash_mla_prefill(query[:, : out.shape[1]], latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out)
+
+
+def attend_dense(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    request: int,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Softmax attention of the first rows of a request over all keys they see, by FlashAttention."""
+    from vllm_dsa.compat import flash_attention, gather_latents
+
+    count, heads, width = query.shape
+    rank, nope = w_uk.shape[2], w_uk.shape[1]
+    length = rows.ends[request] - (rows.starts[request + 1] - rows.starts[request]) + count
+    table = rows.block_table[request : request + 1]
+    if latent_cache.dtype == torch.uint8:
+        latents = torch.empty(length, 576, dtype=torch.bfloat16, device=query.device)
+        gather_latents(latent_cache, latents, table, _zero(rows), 1)
+    else:
+        pages = table[0, : -(-length // rows.block_size)].long()
+        latents = latent_cache[pages].flatten(0, 1)[:length]
+    shared = latents[:, :rank].expand(heads, -1, -1)
+    keys = torch.empty(length, heads, width, dtype=query.dtype, device=query.device)
+    torch.bmm(shared, w_uk.transpose(1, 2), out=keys[..., :nope].transpose(0, 1))
+    keys[..., nope:] = latents[:, None, rank:]
+    values = torch.empty(length, heads, out.shape[2], dtype=query.dtype, device=query.device)
+    torch.bmm(shared, w_uv, out=values.transpose(0, 1))
+    flash_attention(query, keys, values, *_bounds(rows, count, length), scale, out)
+
+
+def _zero(rows: Rows) -> torch.Tensor:
+    if "zero" not in rows.step:
+        rows.step["zero"] = torch.zeros(1, dtype=torch.int32, device=rows.lengths.device)
+    return rows.step["zero"]
+
+
+def _bounds(rows: Rows, *lengths: int) -> list[torch.Tensor]:
+    """[0, length] int32 on the device for each length, copied once a step."""
+    for length in lengths:
+        if ("bounds", length) not in rows.step:
+            bounds = torch.tensor([0, length], dtype=torch.int32).pin_memory()
+            rows.step["bounds", length] = bounds.to(rows.lengths.device, non_blocking=True)
+    return [rows.step["bounds", length] for length in lengths]
+
+
+def workspace(request: Any, tokens: int) -> int:
+    """Bytes that select, attend or attend_dense may take for so many rows; they do not overlap in time."""
+    selecting = (
+        GATHER_ROWS * (request.index_dim + 4) + (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + top_k_workspace(request.top_k)
+    )
+    attending = tokens * request.top_k * 4
+    if request.latent_kind == cache.FP8_DS_MLA:
+        attending += GATHER_ROWS * 576 * 2
+    dense = request.top_k * (576 + request.num_heads * 2 * 192) * 2
+    return max(selecting, attending, dense)
 
 
 def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
