@@ -252,3 +252,28 @@ def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: An
     from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd
 
     return flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid, out=out)[2]
+
+
+def flash_attention(
+    query: Any, keys: Any, values: Any, query_starts: Any, key_starts: Any, scale: float, out: Any
+) -> None:
+    """FlashAttention 3 of query [m, N, d] over keys [n, N, d] and values [n, N, v] of one sequence, into out [m, N, v].
+
+    Causal: the last query sees all keys. The starts are [0, m] and [0, n] int32 on the device.
+    """
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    flash_attn_varlen_func(
+        query,
+        keys,
+        values,
+        max_seqlen_q=len(query),
+        cu_seqlens_q=query_starts,
+        max_seqlen_k=len(keys),
+        cu_seqlens_k=key_starts,
+        softmax_scale=scale,
+        causal=True,
+        out=out,
+        num_splits=1,  # a row's bits do not depend on how many there are
+        fa_version=3,
+    )
