@@ -20,6 +20,7 @@ BYTES = ("vllm_dsa.cache", "vllm_dsa.metadata")
 SEAM = ("vllm_dsa.backend", "vllm_dsa.compat", "vllm_dsa.platform", "vllm_dsa.quant")
 LAYERS = ("vllm_dsa.indexer", "vllm_dsa.attention")
 CONTRACTS = "vllm_dsa.kernels"
+PLAIN_TOOLS = tuple(f"vllm_dsa.tools.{name}" for name in ("main", "output", "model", "memory", "fit", "plan", "doctor"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ TABLE = (
     Layer(FACTS),
     Layer(BYTES, ("torch", *FACTS)),
     Layer(("vllm_dsa.kernels.reference",), ("torch", *BYTES, CONTRACTS)),
+    Layer(("vllm_dsa.kernels.limits",), ("torch",)),  # torch for its types only
     Layer(
         ("vllm_dsa.kernels.vendor",),
         ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
@@ -57,6 +59,20 @@ TABLE = (
     Layer(
         ("vllm_dsa.testing", "vllm_dsa.testing.*"),
         ("torch", *FACTS, *BYTES, "vllm_dsa.kernels*", "vllm_dsa.testing*"),
+    ),
+    # These run where neither torch nor vLLM is installed.
+    Layer(("vllm_dsa.tools.output",), in_functions=("rich",)),
+    Layer(
+        PLAIN_TOOLS,
+        (
+            "vllm_dsa",
+            *FACTS,
+            "vllm_dsa.compat",
+            CONTRACTS,
+            "vllm_dsa.kernels.dispatch",
+            "vllm_dsa.kernels.limits",
+            *PLAIN_TOOLS,
+        ),
     ),
     Layer(("vllm_dsa.tools", "vllm_dsa.tools.*"), ("*",)),
 )
@@ -159,6 +175,12 @@ PLANTED = [
     ("testing.server", "import vllm"),
     ("testing.compare", "from vllm_dsa import compat"),
     ("attention", "from vllm_dsa.tools import cli"),
+    ("tools.output", "import rich"),
+    ("tools.plan", "def f():\n    import torch"),
+    ("tools.doctor", "import vllm"),
+    ("tools.memory", "from vllm_dsa import cache"),
+    ("tools.main", "import rich"),
+    ("kernels.limits", "import triton"),
     ("stray", "import json"),
 ]
 ALLOWED = [
@@ -168,7 +190,9 @@ ALLOWED = [
     ("attention", "from vllm_dsa.kernels import Rope, dispatch\nfrom vllm_dsa.compat import get_rope"),
     ("models.deepseek_v32", "from vllm_dsa.attention import DSAAttention\nimport torch"),
     ("__init__", "import os\ndef register():\n    from vllm_dsa import compat"),
-    ("tools.doctor", "import vllm, torch, rich\nfrom vllm_dsa import models"),
+    ("tools.verify", "import vllm, torch, rich\nfrom vllm_dsa import models"),
+    ("tools.output", "def f():\n    from rich.console import Console"),
+    ("tools.doctor", "from vllm_dsa import compat\nfrom vllm_dsa.kernels import OPS, dispatch"),
 ]
 
 
@@ -210,7 +234,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["vllm_dsa", *FACTS, "vllm_dsa.compat"])
+@pytest.mark.parametrize("module", ["vllm_dsa", *FACTS, "vllm_dsa.compat", "vllm_dsa.kernels.dispatch", *PLAIN_TOOLS])
 def test_importing_facts_loads_neither_torch_nor_vllm(module):
     assert not loaded_by(f"import {module}") & {"torch", "vllm", "triton"}
 
