@@ -111,6 +111,17 @@ def test_hisparse_is_refused(folder):
         engine_config(folder, attention_config={"hisparse_config": {}})
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "mxfp4", "nvfp4"])
+def test_index_cache_dtypes_are_refused(folder, dtype):
+    with pytest.raises(ValueError, match=f"indexer_kv_dtype '{dtype}' is refused.*one of auto, fp8.*Remove"):
+        engine_config(folder, attention_config={"indexer_kv_dtype": dtype})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_index_cache_dtypes_that_mean_what_it_is(folder, dtype):
+    engine_config(folder, attention_config={"indexer_kv_dtype": dtype})
+
+
 @pytest.mark.parametrize("block_size", [24, 8, 100])
 def test_odd_block_sizes_are_refused(folder, block_size):
     with pytest.raises(ValueError, match=f"--block-size {block_size} is refused.*multiple of 16"):

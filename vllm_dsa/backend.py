@@ -33,6 +33,7 @@ class DSABuilder(AttentionMetadataBuilder[DSAMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         if device.type == "cpu":
             self._init_reorder_batch_threshold(None)
             self.device_rows = None
@@ -41,6 +42,8 @@ class DSABuilder(AttentionMetadataBuilder[DSAMetadata]):
             self.device_rows = DeviceRows(vllm_config.scheduler_config.max_num_batched_tokens, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> DSAMetadata:
+        for layer in self.layers:
+            layer.follow_weights()
         common, requests = common_attn_metadata, common_attn_metadata.num_reqs
         facts = dict(
             block_table=common.block_table_tensor[:requests],

@@ -15,6 +15,7 @@ BLOCK_SIZE_MULTIPLE = 16
 GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
+INDEX_CACHE_DTYPES = ("auto", "fp8")  # vLLM's names for the bytes that cache.py defines
 
 
 def install() -> None:
@@ -83,6 +84,12 @@ def check(vllm_config: Any) -> None:
                 f"64, this model has {config.kv_lora_rank} and {config.qk_rope_head_dim}. Pass --kv-cache-dtype auto."
             )
         cache_config.cache_dtype = cache.FP8_DS_MLA
+    index_dtype = vllm_config.attention_config.indexer_kv_dtype
+    if index_dtype not in INDEX_CACHE_DTYPES:
+        raise ConfigError(
+            f"--attention-config indexer_kv_dtype {index_dtype!r} is refused: DSA's index-key cache is FP8 (e4m3 with a "
+            f"scale a token), one of {', '.join(INDEX_CACHE_DTYPES)}. Remove the key."
+        )
     if not cache_config.user_specified_block_size and not compat.current_platform.is_cpu():
         # As if asked for: vLLM would otherwise settle on the smallest size that both caches' backends take.
         cache_config.block_size, cache_config.user_specified_block_size = GPU_BLOCK_SIZE, True

@@ -241,6 +241,9 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             loaded.add(name)
             # While the next one is dequantised, this one would else be there too.
             del tensor, args
+        for module in self.modules():
+            if isinstance(module, DSAAttention):  # vLLM's loaders write to .data, which leaves no trace
+                module.absorbed_versions = []
         self.awaited = ()
         return loaded
 
