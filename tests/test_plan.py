@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from engine import unloaded
 from tiny_checkpoint import write_random
 
@@ -141,7 +142,7 @@ def test_v32_weighs_what_is_published():
     """DeepSeek-V3's index states 688,586,727,753 bytes, headers of 163 files included; V3.2 adds an indexer a layer."""
     weights = counted("v32")
     indexers = weights.total("indexer") // 61 * 62  # the MTP layer has one too
-    stored = sum(weights.total(part) for part in memory.PARTS if part != "W_UK, W_UV")
+    stored = sum(weights.total(part) for part in memory.PARTS if part != "derived")
     headers = 688_586_727_753 - (stored - indexers)
     tensors = 91_991  # of DeepSeek-V3, each an entry of some 130 bytes
     assert 100 * tensors < headers < 160 * tensors
@@ -150,9 +151,9 @@ def test_v32_weighs_what_is_published():
 
 def test_glm5_has_the_published_744_billion_parameters():
     weights = counted("glm-bf16")
-    assert sum(
-        weights.total(part) for part in memory.PARTS if part not in ("W_UK, W_UV", "MTP")
-    ) / 2e9 == pytest.approx(744, abs=0.5)
+    assert sum(weights.total(part) for part in memory.PARTS if part not in ("derived", "MTP")) / 2e9 == pytest.approx(
+        744, abs=0.5
+    )
 
 
 @pytest.mark.parametrize("name", ["v32-awq", "v32-nvfp4", "v32-w4a16"])
@@ -301,7 +302,7 @@ def test_data_parallel_ranks_have_caches_of_their_own(folders):
     assert dp["layout"] == {"tp": 1, "dp": 8, "pp": 1, "ep": True}
     per_gpu = dp["weights"]["bytes_per_gpu"]
     assert per_gpu["experts"] == tp["weights"]["bytes_per_gpu"]["experts"]
-    for part in ("attention", "W_UK, W_UV", "head", "shared experts"):
+    for part in ("attention", "derived", "head", "shared experts"):
         assert per_gpu[part] == dp["weights"]["bytes"][part] > tp["weights"]["bytes_per_gpu"][part]
     assert dp["requests"] == (dp["cache"]["blocks"] - 1) // 2560 * 8 > tp["requests"]
 
@@ -337,6 +338,16 @@ CASES = {  # config, cache dtype, tokens a request, bytes of a token
         9 * 1152 + 4 * 132,
     ),
 }
+
+
+def tensors_of(module) -> dict[str, torch.Tensor]:
+    """Every tensor that a module and its parts hold as a plain attribute: what they have derived, the caches."""
+    return {
+        f"{name}.{key}": value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def planned_by_vllm(vllm_config, backends, specs, available):
@@ -376,9 +387,14 @@ def test_blocks_tokens_and_weights_are_vllms(tmp_path, case):
         assert not facts(*base, "--kv-cache-memory", f"{least - 1}B", status=1)["fits"]
 
         weights, alone = memory.weights(tmp_path, config, dsa), memory.Layout()
-        kept = [part for part in memory.PARTS if part not in ("MTP", "W_UK, W_UV")]
-        ours = {part: weights.on_gpu(part, alone, layers, layers[-1]) for part in kept}
-        assert sum(ours.values()) == sum(parameter.nbytes for parameter in model.parameters())
+        ours = {part: weights.on_gpu(part, alone, layers, layers[-1]) for part in memory.PARTS if part != "MTP"}
+        assert sum(ours.values()) - ours["derived"] == sum(parameter.nbytes for parameter in model.parameters())
+        derived = 0
+        for layer in model.model.layers:
+            before = tensors_of(layer.self_attn)
+            layer.self_attn.process_weights_after_loading(torch.bfloat16)
+            derived += sum(t.nbytes for name, t in tensors_of(layer.self_attn).items() if name not in before)
+        assert ours["derived"] == derived
         experts = [p.nbytes for name, p in model.named_parameters() if ".experts." in name]
         assert ours["experts"] == sum(experts)
 

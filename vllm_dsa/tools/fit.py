@@ -32,6 +32,7 @@ GPUS = {
 DRIVER_GIB = 0.6
 # GiB a GPU that are assumed: CUDA's context with the kernels' code, NCCL's buffers, CUDA graphs.
 CONTEXT_GIB, NCCL_GIB, GRAPHS_GIB = 1.0, 1.5, 1.0
+WORKSPACE_GIB = 0.3  # of select and attend, beside what grows with the step
 UTILIZATION = 0.92  # vLLM's default in 0.32 and 0.33
 SHORTEST = 4096  # tokens that a plan must leave room for where no --max-model-len is asked
 MOST_REQUESTS = 1024  # vLLM's --max-num-seqs on GPUs with 70 GiB or more
@@ -151,7 +152,9 @@ def runtime_bytes(asked: Asked) -> int:
     attention = query_heads * config.latent_dim + heads * (config.kv_lora_rank + config.qk_head_dim + config.v_head_dim)
     chosen = asked.hf_config.get("num_experts_per_tok") or 0
     experts = chosen * (config.hidden_size + int(asked.hf_config.get("moe_intermediate_size") or 0))
-    step = tokens * (width * (4 * config.hidden_size + max(attention, experts)) + 4 * config.index_topk)
+    # The selection, in positions and in slots.
+    step = tokens * (width * (4 * config.hidden_size + max(attention, experts)) + 8 * config.index_topk)
+    step += int(WORKSPACE_GIB * GIB)
     # Logits in float32, sorted and as probabilities, for as many requests as vLLM tries at start.
     sampling = asked.most_requests * int(asked.hf_config.get("vocab_size") or 0) * 12
     fixed = CONTEXT_GIB + GRAPHS_GIB + (NCCL_GIB if layout.gpus > 1 else 0)

@@ -1,8 +1,10 @@
 """Bytes of a model's weights, by part and by GPU, and the pages that its caches are cut into. Standard library only.
 
-Weights are counted as they lie on a GPU: sharded as vLLM shards them, and with W_UK and W_UV, which this package keeps
-beside kv_b_proj. From safetensors headers where the files are there, else from config.json, which is exact for plain
-and block-scaled FP8 checkpoints under their published names and an estimate for other quantisations.
+Weights are counted as they lie on a GPU: sharded as vLLM shards them, and with those that this package derives while it
+loads: W_UK and W_UV beside kv_b_proj, and one weight of the indexer's wk and weights_proj beside both.
+
+They are counted from safetensors headers where the files are there, else from config.json, which is exact for plain and
+block-scaled FP8 checkpoints under their published names and an estimate for other quantisations.
 """
 
 import math
@@ -20,7 +22,7 @@ from vllm_dsa.tools import model as models
 PARTS = (
     "embedding",
     "attention",
-    "W_UK, W_UV",
+    "derived",
     "indexer",
     "dense MLP",
     "shared experts",
@@ -162,8 +164,11 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         for tensor, shape in (asked.required | asked.draft | asked.optional).items():
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))
     absorbed = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    fused = (config.index_n_heads + config.index_head_dim) * config.hidden_size
     for layer in range(config.num_hidden_layers):
-        sizes["W_UK, W_UV", layer, "tp"] = absorbed * models.DTYPE_BYTES[dtype]
+        sizes["derived", layer, "tp"] = absorbed * models.DTYPE_BYTES[dtype]
+        if not config.shares_index(layer):
+            sizes["derived", layer, "whole"] = fused * models.DTYPE_BYTES[dtype]
     plain = not quantisation or bool(_blocks(quantisation))
     source = f"the headers of {len({entry.file for entry in stored.values()})} files" if stored else "config.json"
     return Weights(sizes, name, source, exact=bool(stored) or plain)

@@ -232,7 +232,8 @@ def _report(
         if total and part == "MTP":
             parts.add(part, f"{_gib(total)}, loaded with --speculative-config only, not counted here")
         elif total:
-            parts.add(part, f"{_gib(total):>12}  {_gib(tightest.weights[part]):>12}")
+            made = "  made while loading: W_UK, W_UV, the indexer's projections in one" if part == "derived" else ""
+            parts.add(part, f"{_gib(total):>12}  {_gib(tightest.weights[part]):>12}{made}")
 
     cache = Section("Cache, bytes a token on every GPU" + (" of that stage" if layout.pp > 1 else ""))
     held = asked.dtype if asked.kind == "auto" else asked.kind
