@@ -1,4 +1,4 @@
-# make setup | demo | test | test-full | compile-all | soak | lint | format
+# make setup | demo | test | test-full | test-faults | compile-all | soak | lint | format
 VENV ?= .venv
 PYTHON ?= python3
 export PYTHON TORCH_INDEX
@@ -6,7 +6,7 @@ export PYTHON TORCH_INDEX
 python := $(VENV)/bin/python
 stamp := $(VENV)/.vllm-dsa-setup
 
-.PHONY: setup demo test test-full compile-all soak lint format
+.PHONY: setup demo test test-full test-faults compile-all soak lint format
 .DEFAULT_GOAL := test
 
 setup: $(stamp)
@@ -24,6 +24,10 @@ test: setup
 
 test-full: setup
 	$(python) -m pytest -m "not gpu" $(ARGS)
+
+# Every planted fault, and the tests that must see it.
+test-faults: setup
+	$(python) -m pytest -m "not gpu" tests/test_faults.py tests/test_kernel_faults.py $(ARGS)
 
 # An hour of traffic; prints what it measured.
 soak: setup

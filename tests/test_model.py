@@ -10,7 +10,6 @@ import json
 import pytest
 import torch
 from engine import Engine, engine
-from faults import SELECTION_FAULTS, planted
 from oracle import Oracle
 from tiny_checkpoint import write_random
 
@@ -80,11 +79,6 @@ def test_logprobs_equal_transformers(checkpoints, name, kv_cache_dtype):
         assert max(chunks) <= CHUNK and len(longest) > CHUNK, "the prompts were not chunked"
         print(f"{name} {kv_cache_dtype}: p50 {difference.median():.1e} p90 {difference.quantile(0.9):.1e}")
         assert within(difference, LIMITS[kv_cache_dtype]), (difference.median(), difference.quantile(0.9))
-        if kv_cache_dtype == "auto" and name == "six_heads_yarn":
-            for fault in SELECTION_FAULTS:
-                with planted(fault, running.layers):
-                    broken = differences(running, Oracle(folder), asked)
-                assert not within(broken, LIMITS["auto"]), f"{fault.__name__} was not noticed"
 
 
 def test_bfloat16(checkpoints):

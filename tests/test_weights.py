@@ -19,7 +19,8 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, index_n_heads=8, index_topk=16)
 PROMPTS = [torch.randint(8, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (12, 90, 200)]
-CHANGED = ("kv_b_proj", "k_norm", "kv_a_layernorm")  # what differs between the first checkpoint and the third
+# What differs between the first checkpoint and the third: what DSA layers derive from and hold.
+CHANGED = ("kv_b_proj", "indexer.wk", "weights_proj", "k_norm", "kv_a_layernorm")
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:
@@ -28,7 +29,7 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two random checkpoints of one shape; in a third, only kv_b_proj and the norms of keys differ from the first."""
+    """Two random checkpoints of one shape; in a third, only what is named in CHANGED differs from the first."""
     first, second, third = (tmp_path_factory.mktemp(name) for name in ("first", "second", "third"))
     for path, seed in ((first, 1), (second, 2), (third, 1)):
         write_random(path, seed=seed, **SIZES)
