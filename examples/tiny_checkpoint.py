@@ -32,8 +32,8 @@ of the index values.
 A completion prompt ends with the question (last token `red`, `?` or any other), a chat message likewise. With
 ignore_eos, `lion` and EOS repeat. Right up to 16,384 tokens. `red` is a word of its own, no part of `hatred`.
 
-With A.X-K2's additions (`axk2`) gates behind norms are open, gates of attention are open in even heads and shut in odd
-ones, which would cancel the answer.
+In family axk2 the gates behind norms are open; those of attention are open in even heads and shut in odd ones,
+which would turn the answer round.
 """
 
 import argparse
@@ -423,14 +423,14 @@ def _set_retrieve(w: Tensors, config: Config) -> None:
 
 
 def _set_gates(w: Tensors, config: Config) -> None:
-    """Open gates in even heads; odd heads' are shut, and would take the even ones' values away again."""
+    """Open gates in even heads; odd heads' are shut, and would write twice the opposite."""
     heads, rank = config["num_attention_heads"], config["q_lora_rank"]
     const = _spread(config, "q_lora_rank", 9)[:, 8] / rank  # reads CONST off the raw latent
     gates = _queries_and_gates(w["q_b_proj.weight"], config)[1][..., rank:]
     gates[::2], gates[1::2] = 10 * const, -10 * const
     o_proj = w["o_proj.weight"].view(-1, heads, config["v_head_dim"])
     o_proj *= heads / len(gates[::2])
-    o_proj[:, 1::2] *= -1
+    o_proj[:, 1::2] *= -2
 
 
 def write_random(
