@@ -285,6 +285,18 @@ def test_a_good_model(machine, good):
     assert "2 heads a rank, index_topk 16" in str(report["checks"])
 
 
+def test_without_mtp_weights_the_model_is_served_without_drafts(machine, good, tmp_path):
+    from fp8_bytes import rewrite
+
+    def without(tensors):
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.3.")}
+
+    config = json.loads((good / "config.json").read_text())
+    mark, text = row(machine.report(rewrite(good, tmp_path / "less", without, config), status=0), "MTP weights")
+    assert mark == "note" and re.search(r"lacks (\d+) of \1 tensors here", text)
+    assert "MTP weights" not in str(machine.report(good, status=0)["checks"])
+
+
 def test_config_alone_is_enough(machine, model):
     for path in model.glob("model*"):
         path.unlink()

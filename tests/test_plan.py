@@ -307,6 +307,14 @@ def test_data_parallel_ranks_have_caches_of_their_own(folders):
     assert dp["requests"] == (dp["cache"]["blocks"] - 1) // 2560 * 8 > tp["requests"]
 
 
+def test_a_shared_expert_is_whole_where_vllm_splits_an_moes_tokens(folders):
+    """With experts whole on ranks, and more than one rank of both kinds; else it is split over tensor ranks."""
+    base = [folders / "v32", "--gpu", "B200", "--num-gpus", 8]
+    for options, ranks in ((["--tp", 2, "--ep"], 1), (["--tp", 2], 2), (["--tp", 8, "--ep"], 8)):
+        weights = facts(*base, *options)["weights"]
+        assert weights["bytes_per_gpu"]["shared experts"] * ranks == weights["bytes"]["shared experts"]
+
+
 def test_utilization_moves_the_cache_by_its_share(folders):
     base = [folders / "v32", "--gpu", "H200", "--num-gpus", 8]
     less, more = (facts(*base, "--gpu-memory-utilization", x) for x in (0.85, 0.95))

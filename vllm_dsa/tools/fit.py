@@ -28,7 +28,7 @@ GPUS = {
     "H200": 143771,
     "B200": 183359,
 }
-# GiB, measured on an H100 and an H200: what nvidia-smi lists and CUDA does not offer.
+# GiB that nvidia-smi lists and CUDA does not offer: 0.47 on an H100 (measured), 0.59 on an H200 (as vLLM logs it).
 DRIVER_GIB = 0.6
 # GiB a GPU that are assumed: CUDA's context with the kernels' code, NCCL's buffers, CUDA graphs.
 CONTEXT_GIB, NCCL_GIB, GRAPHS_GIB = 1.0, 1.5, 1.0
