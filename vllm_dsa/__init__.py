@@ -9,10 +9,13 @@ from collections.abc import Callable
 __version__ = "0.1.0"
 
 # vLLM's name of a model class -> ours, as text, so that registering loads neither. The names are vLLM's own because its
-# MTP mapping, tokenizer mode and CUDA-graph defaults hang on them.
+# MTP mapping, tokenizer mode and CUDA-graph defaults hang on them. vLLM does not know AXK2ForCausalLM: what that needs
+# of these, platform.py supplies.
 MODELS = {
     "DeepseekV32ForCausalLM": "vllm_dsa.models.deepseek_v32:DeepseekV32ForCausalLM",
     "GlmMoeDsaForCausalLM": "vllm_dsa.models.deepseek_v32:DeepseekV32ForCausalLM",
+    "AXK2ForCausalLM": "vllm_dsa.models.axk2:AXK2ForCausalLM",
+    "DeepseekV32MTPModel": "vllm_dsa.models.mtp:DeepseekV32MTP",
 }
 BACKEND_NAME = "DSA"
 BACKEND = "vllm_dsa.backend.DSABackend"

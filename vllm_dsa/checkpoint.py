@@ -17,6 +17,7 @@ from vllm_dsa.config import DSAConfig
 INDEX_FILE = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 INDEXER = ".self_attn.indexer."
+MTP_COPIES = (".embed_tokens.", ".shared_head.head.")  # in an MTP layer: of the model's own embedding and head
 AGAIN = "Download the checkpoint again."
 Shape = tuple[int, ...]
 _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
@@ -40,10 +41,12 @@ class Stored:
 class Wanted:
     """Checkpoint name -> shape of every tensor that a config asks for.
 
-    optional: those that may be missing, MTP layers and the indexers of layers that share a selection.
+    draft: the MTP layers', needed with speculative decoding only.
+    optional: those that may be missing, the indexers of layers that share a selection and MTP_COPIES.
     """
 
     required: dict[str, Shape]
+    draft: dict[str, Shape]
     optional: dict[str, Shape]
     block: tuple[int, int] | None  # of FP8 scales
 
@@ -54,7 +57,7 @@ class Wanted:
             return (
                 tuple(math.ceil(n / b) for n, b in zip(weight, self.block, strict=True)) if len(weight) == 2 else None
             )
-        return self.required.get(name) or self.optional.get(name)
+        return self.required.get(name) or self.draft.get(name) or self.optional.get(name)
 
 
 def wanted(hf_config: Any) -> Wanted | None:
@@ -72,19 +75,30 @@ def wanted(hf_config: Any) -> Wanted | None:
     vocabulary, hidden, layers = (get("vocab_size"), config.hidden_size), config.hidden_size, config.num_hidden_layers
     required: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
     required["model.norm.weight"] = (hidden,)
+    draft: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
-    for layer in range(layers + (get("num_nextn_predict_layers") or 0)):
-        prefix, group = f"model.layers.{layer}", required if layer < layers else optional
-        group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    for layer in range(layers + config.mtp_layers):
+        prefix, group = f"model.layers.{layer}", required if layer < layers else draft
+        group |= _norm(config, f"{prefix}.input_layernorm", gated=True)
+        group |= _norm(config, f"{prefix}.post_attention_layernorm", gated=not config.is_dense(layer))
         group |= _attention(config, f"{prefix}.self_attn")
         indexer = _indexer(config, f"{prefix}{INDEXER[:-1]}")
-        (optional if layer < layers and config.index_shared[layer] else group).update(indexer)
-        group |= _mlp(get, hidden, layer, f"{prefix}.mlp")
+        (optional if config.shares_index(layer) else group).update(indexer)
+        group |= _mlp(get, config, layer, f"{prefix}.mlp")
         if layer >= layers:
             group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
-            group |= {f"{prefix}.{name}.weight": vocabulary for name in ("embed_tokens", "shared_head.head")}
             group[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
-    return Wanted(required, optional, tuple(block) if block else None)
+            optional |= {f"{prefix}{copy}weight": vocabulary for copy in MTP_COPIES}
+    return Wanted(required, draft, optional, tuple(block) if block else None)
+
+
+def _norm(config: DSAConfig, prefix: str, gated: bool) -> dict[str, Shape]:
+    """A norm before attention or MLP; A.X-K2 has a gate behind some of them."""
+    hidden, rank = config.hidden_size, config.gated_norm_rank
+    if not (gated and rank):
+        return {f"{prefix}.weight": (hidden,)}
+    shapes = {"norm": (hidden,), "W_down": (rank, hidden), "W_up": (hidden, rank)}
+    return {f"{prefix}.{name}.weight": shape for name, shape in shapes.items()}
 
 
 def _attention(config: DSAConfig, prefix: str) -> dict[str, Shape]:
@@ -92,7 +106,7 @@ def _attention(config: DSAConfig, prefix: str) -> dict[str, Shape]:
     shapes = {
         "q_a_proj": (config.q_lora_rank, hidden),
         "q_a_layernorm": (config.q_lora_rank,),
-        "q_b_proj": (heads * config.qk_head_dim, config.q_lora_rank),
+        "q_b_proj": (heads * config.q_b_head_dim, config.q_b_inputs),
         "kv_a_proj_with_mqa": (config.latent_dim, hidden),
         "kv_a_layernorm": (rank,),
         "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), rank),
@@ -112,12 +126,14 @@ def _indexer(config: DSAConfig, prefix: str) -> dict[str, Shape]:
     }
 
 
-def _mlp(get: Any, hidden: int, layer: int, prefix: str) -> dict[str, Shape]:
+def _mlp(get: Any, config: DSAConfig, layer: int, prefix: str) -> dict[str, Shape]:
+    hidden = config.hidden_size
+
     def gated(prefix: str, width: int) -> dict[str, Shape]:
         up, down = (width, hidden), (hidden, width)
         return {f"{prefix}.gate_proj.weight": up, f"{prefix}.up_proj.weight": up, f"{prefix}.down_proj.weight": down}
 
-    if layer < get("first_k_dense_replace") or layer % (get("moe_layer_freq") or 1):
+    if config.is_dense(layer):
         return gated(prefix, get("intermediate_size"))
     experts, width, shared = get("n_routed_experts"), get("moe_intermediate_size"), get("n_shared_experts") or 0
     shapes: dict[str, Shape] = {f"{prefix}.gate.weight": (experts, hidden)}
@@ -188,8 +204,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def check(folder: Path, hf_config: Any) -> None:
-    """Refuse a local folder whose files do not hold what its config.json asks for. Raises CheckpointError."""
+def check(folder: Path, hf_config: Any, drafts: bool) -> None:
+    """Refuse a local folder whose files do not hold what its config.json asks for, its MTP layer too if ``drafts``.
+    Raises CheckpointError."""
     stored, asked = read(folder), wanted(hf_config)
     if not stored or asked is None:
         return
@@ -200,6 +217,8 @@ def check(folder: Path, hf_config: Any) -> None:
     unlisted = {file.name for file in folder.glob("*.safetensors")} - {tensor.file.name for tensor in stored.values()}
     hint = f" ({INDEX_FILE} does not name {_some(sorted(unlisted))})" if unlisted else ""
     _check_complete(stored, asked.required, hint)
+    if drafts:
+        _check_complete(stored, asked.draft)
     _check_pairs({name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}, stored, asked)
 
 
@@ -272,6 +291,12 @@ def _check_complete(names: Collection[str], required: Collection[str], hint: str
     missing = [name for name in required if name not in names]
     if not missing:
         return
+    if any(".eh_proj." in name for name in required):
+        raise CheckpointError(
+            f"--speculative-config with method mtp is refused: the checkpoint lacks {len(missing)} of {len(required)} "
+            f"tensors of its MTP layer: {_some(missing)}. Some conversions leave that layer out. Serve the published "
+            f"files, or remove --speculative-config."
+        )
     if names and not any(INDEXER in name for name in names):
         raise CheckpointError(
             f"the checkpoint has no indexer tensors ({_some([n for n in missing if INDEXER in n])}), config.json asks "

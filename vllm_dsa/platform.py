@@ -1,12 +1,13 @@
 """What we adjust in vLLM's config before the engine starts, and what we refuse there. Chained to what stood before."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from vllm_dsa import cache, checkpoint, compat
 from vllm_dsa.config import ConfigError, DSAConfig
 
-ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "AXK2ForCausalLM")
 # Their weights have no indexer, and vLLM drops tensors of one without a word.
 DENSE_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 # --load-format values that read the published files.
@@ -14,6 +15,7 @@ PUBLISHED_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instantten
 BLOCK_SIZE_MULTIPLE = 16
 GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
+DRAFT_METHODS = ("mtp", "ngram")
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
 INDEX_CACHE_DTYPES = ("auto", "fp8")  # vLLM's names for the bytes that cache.py defines
 
@@ -35,6 +37,8 @@ def _served(previous: type) -> type:
         def verify_and_update_config(cls, vllm_config: Any) -> None:
             check(vllm_config)
             previous.verify_and_update_config(vllm_config)
+            if vllm_config.model_config.hf_config.model_type == "axk2":
+                treat_as_v32(vllm_config)
             if compat.current_platform.is_cpu():
                 enable_paged_features_on_cpu(vllm_config)
 
@@ -63,6 +67,7 @@ def check(vllm_config: Any) -> None:
     _refuse_unproven(vllm_config)
     _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
+    drafts = _check_speculation(vllm_config, config)
     dtype = str(model_config.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype} is refused: DSA layers run in bfloat16 or float32. Pass one of them.")
@@ -87,8 +92,8 @@ def check(vllm_config: Any) -> None:
     index_dtype = vllm_config.attention_config.indexer_kv_dtype
     if index_dtype not in INDEX_CACHE_DTYPES:
         raise ConfigError(
-            f"--attention-config indexer_kv_dtype {index_dtype!r} is refused: DSA's index-key cache is FP8 (e4m3 with a "
-            f"scale a token), one of {', '.join(INDEX_CACHE_DTYPES)}. Remove the key."
+            f"--attention-config indexer_kv_dtype {index_dtype!r} is refused: DSA's index-key cache is FP8 (e4m3 with "
+            f"a scale a token), one of {', '.join(INDEX_CACHE_DTYPES)}. Remove the key."
         )
     if not cache_config.user_specified_block_size and not compat.current_platform.is_cpu():
         # As if asked for: vLLM would otherwise settle on the smallest size that both caches' backends take.
@@ -100,7 +105,7 @@ def check(vllm_config: Any) -> None:
             f"e.g. --block-size 64."
         )
     if folder := _published_folder(vllm_config):
-        checkpoint.check(folder, model_config.hf_config)
+        checkpoint.check(folder, model_config.hf_config, drafts)
 
 
 def _published_folder(vllm_config: Any) -> Path | None:
@@ -135,6 +140,42 @@ def _refuse_unproven(vllm_config: Any) -> None:
         )
 
 
+def _check_speculation(vllm_config: Any, config: DSAConfig) -> bool:
+    """Refuse drafts that are not proven to leave the answers as they are; returns whether the MTP layer drafts."""
+    speculation, model_config = vllm_config.speculative_config, vllm_config.model_config
+    if speculation is None:
+        return False
+    if speculation.method not in DRAFT_METHODS:
+        raise ConfigError(
+            f"--speculative-config with method {speculation.method!r} is refused: only {' and '.join(DRAFT_METHODS)} "
+            f'are proven. Pass \'{{"method": "mtp", "num_speculative_tokens": 1}}\'.'
+        )
+    if speculation.method != "mtp":
+        return False
+    if config.mtp_layers != 1:
+        raise ConfigError(
+            f"--speculative-config with method mtp is refused: num_nextn_predict_layers is {config.mtp_layers}, and "
+            f"only one MTP layer can draft. Remove --speculative-config, or restore the published config.json."
+        )
+    if speculation.model not in (model_config.model, model_config.model_weights):
+        raise ConfigError(
+            f"--speculative-config with model {speculation.model!r} is refused: the draft is the MTP layer of the "
+            f"model that is served. Remove the key model."
+        )
+    if speculation.kv_cache_dtype is not None:
+        raise ConfigError(
+            f"--speculative-config with kv_cache_dtype {speculation.kv_cache_dtype!r} is refused: the draft's caches "
+            f"are in the pages of the model's. Remove the key; --kv-cache-dtype holds for both."
+        )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(
+            f"--speculative-config is refused with --pipeline-parallel-size {stages}: the draft, on the last stage, "
+            f"needs the embedding, which is on the first. Remove one of them."
+        )
+    return True
+
+
 def _fill_routing(hf_config: Any) -> None:
     """Every DSA model routes by sigmoid with a correction bias; a config saved by transformers leaves that out, and
     vLLM would then take softmax without one."""
@@ -146,6 +187,20 @@ def _fill_routing(hf_config: Any) -> None:
                 f"{key}: {getattr(hf_config, key)!r} is refused: DSA models route with {value!r}. Restore the "
                 f"published config.json."
             )
+    if hf_config.model_type == "axk2":
+        # No groups are one group. The reference computes the router in float32.
+        for key, default in (("n_group", 1), ("topk_group", 1), ("moe_router_dtype", "float32")):
+            if getattr(hf_config, key, None) is None:
+                setattr(hf_config, key, default)
+
+
+def treat_as_v32(vllm_config: Any) -> None:
+    """Give an architecture that vLLM does not know what vLLM gives DeepSeek-V3.2 by its name: MLA's cache dimensions,
+    and, unless the user has set otherwise, CUDA graphs that leave attention of mixed batches out."""
+    arch, config = vllm_config.model_config.model_arch_config, DSAConfig.from_hf(vllm_config.model_config.hf_config)
+    arch.is_deepseek_mla, arch.head_size = True, config.latent_dim
+    if "DeepseekV32ForCausalLM" in compat.default_breakable_cudagraph_architectures():
+        os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
 
 
 def enable_paged_features_on_cpu(vllm_config: Any) -> None:

@@ -14,6 +14,7 @@ from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, unpaired
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 METHOD = "dsa_fp8_dequantised"
+DRAFT = "DeepseekV32MTPModel"
 BLOCK = 128
 
 
@@ -27,7 +28,10 @@ class DequantisedFp8Config(compat.QuantizationConfig):
         """Take block-scaled FP8 checkpoints of DSA models on a CPU, and nothing else."""
         ours = (
             compat.current_platform.is_cpu()
-            and getattr(hf_config, "model_type", None) in INDEX_ROPE_INTERLEAVED
+            and (
+                getattr(hf_config, "model_type", None) in INDEX_ROPE_INTERLEAVED
+                or DRAFT in (getattr(hf_config, "architectures", None) or ())  # vLLM gives it another model type
+            )
             and hf_quant_cfg.get("quant_method") == "fp8"
             and hf_quant_cfg.get("weight_block_size") is not None
             and user_quant in (None, "fp8", METHOD)

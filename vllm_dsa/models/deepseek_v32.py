@@ -3,7 +3,7 @@
 Everything but attention is vLLM's: embedding, norms, MLP, mixture of experts, head.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vllm_dsa.attention import DSAAttention
-from vllm_dsa.checkpoint import CheckpointError, inspected, wanted
+from vllm_dsa.checkpoint import CheckpointError, Wanted, inspected, wanted
 from vllm_dsa.compat import (
     DeepseekV2MLP,
     DeepseekV2MoE,
@@ -45,24 +45,18 @@ STACKED = (
 
 
 class DecoderLayer(nn.Module):
-    """Norm, DSA attention, norm, and an MLP or (from first_k_dense_replace on) a mixture of experts."""
+    """Norm, DSA attention, norm, and an MLP or a mixture of experts."""
+
+    attention: type[DSAAttention] = DSAAttention
 
     def __init__(self, vllm_config: Any, config: DSAConfig, selection: torch.Tensor, prefix: str) -> None:
         super().__init__()
         hf_config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         index = int(prefix.rsplit(".", 1)[1])
-        self.self_attn = DSAAttention(
-            config, quant_config, selection, config.index_shared[index], prefix=f"{prefix}.self_attn"
+        self.self_attn = self.attention(
+            config, quant_config, selection, config.shares_index(index), prefix=f"{prefix}.self_attn"
         )
-        if index >= hf_config.first_k_dense_replace and index % getattr(hf_config, "moe_layer_freq", 1) == 0:
-            self.mlp = DeepseekV2MoE(
-                config=hf_config,
-                parallel_config=vllm_config.parallel_config,
-                quant_config=quant_config,
-                prefix=f"{prefix}.mlp",
-                apply_routed_scale_to_output=True,
-            )
-        else:
+        if config.is_dense(index):
             self.mlp = DeepseekV2MLP(
                 hidden_size=hf_config.hidden_size,
                 intermediate_size=hf_config.intermediate_size,
@@ -70,8 +64,19 @@ class DecoderLayer(nn.Module):
                 quant_config=quant_config,
                 prefix=f"{prefix}.mlp",
             )
+        else:
+            self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
+
+    def experts(self, vllm_config: Any, prefix: str) -> nn.Module:
+        return DeepseekV2MoE(
+            config=vllm_config.model_config.hf_config,
+            parallel_config=vllm_config.parallel_config,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+            apply_routed_scale_to_output=True,
+        )
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
@@ -90,6 +95,8 @@ class DecoderLayer(nn.Module):
 class DeepseekV32Model(nn.Module):
     """Embedding, decoder layers of this pipeline stage, final norm."""
 
+    layer: type[DecoderLayer] = DecoderLayer
+
     def __init__(self, vllm_config: Any, config: DSAConfig, prefix: str) -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
@@ -103,7 +110,7 @@ class DeepseekV32Model(nn.Module):
         )
         self.start_layer, self.end_layer, self.layers = make_layers(
             hf_config.num_hidden_layers,
-            lambda prefix: DecoderLayer(vllm_config, config, selection, prefix),
+            lambda prefix: self.layer(vllm_config, config, selection, prefix),
             prefix=f"{prefix}.layers",
         )
         if config.index_shared[self.start_layer]:
@@ -140,6 +147,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     The two families differ in facts that DSAConfig holds: sizes, the indexer's RoPE layout, layers that share.
     """
 
+    decoder: type[DeepseekV32Model] = DeepseekV32Model
     packed_modules_mapping = {
         "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -147,16 +155,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        self.config = vllm_config.model_config.hf_config
-        config = DSAConfig.from_hf(self.config)
-        self.unused_indexers = tuple(
-            f"layers.{i}.self_attn.indexer." for i, unused in enumerate(config.index_shared) if unused
-        )
-        self.dtype = vllm_config.model_config.dtype
-        self.quant_config = vllm_config.quant_config
-        self.wanted = wanted(self.config)
-        self.awaited = self._awaited(vllm_config)
-        self.model = DeepseekV32Model(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        config = self._read(vllm_config)
+        self.model = self.decoder(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = (
             ParallelLMHead(
                 self.config.vocab_size,
@@ -171,6 +171,19 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], self.config.hidden_size
         )
+
+    def _read(self, vllm_config: Any) -> DSAConfig:
+        """Keep what loading needs of the config; returns its DSA facts."""
+        self.config = vllm_config.model_config.hf_config
+        config = DSAConfig.from_hf(self.config)
+        self.unused_indexers = tuple(
+            f"layers.{i}.self_attn.indexer." for i, unused in enumerate(config.index_shared) if unused
+        )
+        self.dtype = vllm_config.model_config.dtype
+        self.quant_config = vllm_config.quant_config
+        self.wanted = wanted(self.config)
+        self.awaited = self._awaited(vllm_config)
+        return config
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -197,9 +210,14 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """Names of the tensors that the first load must bring."""
         if self.wanted is None or vllm_config.load_config.load_format == "dummy":
             return ()
+        names = self._needed(self.wanted)
         if vllm_config.parallel_config.enable_expert_parallel:  # vLLM does not read other ranks' experts
-            return tuple(name for name in self.wanted.required if ".mlp.experts." not in name)
-        return tuple(self.wanted.required)
+            return tuple(name for name in names if ".mlp.experts." not in name)
+        return tuple(names)
+
+    def _needed(self, asked: Wanted) -> Collection[str]:
+        """Names of the tensors that this model is made of."""
+        return asked.required
 
     def _is_skipped(self, name: str) -> bool:
         """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""

@@ -32,7 +32,7 @@ class MTPLayer(DecoderLayer):
         self.shared_head.norm = RMSNorm(hidden, eps=eps)
 
     def draft(self, positions: torch.Tensor, embedded: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """positions [T]; embeddings of the next tokens and hidden states of these, [T, hidden]; to [T, hidden]."""
+        """positions [T], embeddings of the tokens after them and hidden states at them [T, hidden], to [T, hidden]."""
         fused = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden_states)], dim=-1))[0]
         return self.shared_head.norm(*self(positions, fused, None))[0]
 
@@ -65,8 +65,8 @@ class MTPModel(nn.Module):
 class DeepseekV32MTP(DeepseekV32ForCausalLM):
     """The model class that vLLM instantiates for the drafts of both families.
 
-    vLLM rewrites the draft's config (its model type, for one): every fact is taken from the target's. Embedding and head
-    are the target's, set by vLLM after loading as ``model.embed_tokens`` and ``lm_head``.
+    vLLM rewrites the draft's config (its model type, for one), so every fact is taken from the target's. Embedding and
+    head are the target's: after loading, vLLM sets them as ``model.embed_tokens`` and ``lm_head``.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
