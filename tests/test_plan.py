@@ -276,6 +276,14 @@ def test_a_shortfall_of_requests_offers_both_ways_out(folders):
     assert not facts(*base, "--concurrency", 64, "--max-model-len", shorter + 64, status=1)["fits"]
 
 
+def test_the_length_that_is_proposed_fits(folders):
+    """The null block counts: 163,840 tokens in 2,560 blocks leave no room for one request of that length."""
+    base = [folders / "v32", "--gpu", "H200", "--num-gpus", 8, "--kv-cache-memory"]
+    for blocks, length in ((2561, 163_840), (2560, 162_816), (100, 6144)):
+        report = facts(*base, f"{blocks * 64 * 48_068}B")
+        assert (report["max_model_len"], report["requests"]) == (length, 1)
+
+
 def test_layers_that_share_have_no_index_cache_and_start_no_stage(folders):
     shared = facts(folders / "glm-shared", "--gpu", "H200", "--num-gpus", 8)
     plain = facts(folders / "glm-fp8", "--gpu", "H200", "--num-gpus", 8)
@@ -405,6 +413,29 @@ def test_blocks_tokens_and_weights_are_vllms(tmp_path, case):
         assert ours["derived"] == derived
         experts = [p.nbytes for name, p in model.named_parameters() if ".experts." in name]
         assert ours["experts"] == sum(experts)
+
+
+# An H200, vLLM 0.33.0 and this plugin, 2026-11-22, the turns of benchmarks/hopper.py: heads, and what vLLM logged as
+# GiB of "Model loading took", GiB of "Available KV cache memory" and tokens of "GPU KV cache size".
+LOGGED = [(128, 3.22, 115.68, 26_252_576), (16, 1.38, 121.51, 27_575_514)]
+
+
+@pytest.mark.parametrize(("heads", "loaded", "available", "tokens"), LOGGED)
+def test_an_h200_has_what_the_plan_says(tmp_path, heads, loaded, available, tokens):
+    """Weights to the printed digit, cache memory within 1 %, and the very tokens when given the printed memory."""
+    sizes = dict(num_hidden_layers=6, first_k_dense_replace=6, num_nextn_predict_layers=0, vocab_size=4096)
+    config = V32 | sizes | dict(num_attention_heads=heads, intermediate_size=2048, quantization_config=None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = [tmp_path, "--gpu", "H200", "--num-gpus", 1, "--max-model-len", 32_872]
+    report = facts(*base, "--gpu-memory-utilization", 0.9, "--max-num-batched-tokens", 16_384)
+    beside = 16_384 * 2048 * 4 + 163_840 * 64 * 4  # the selection and the RoPE table are made with the model
+    assert (sum(report["weights"]["bytes_per_gpu"].values()) + beside) / GIB == pytest.approx(loaded, abs=0.01)
+    assert report["cache"]["available_bytes"] / GIB == pytest.approx(available, rel=0.01)
+    assert report["cache"]["tokens"] == pytest.approx(tokens, rel=0.01)
+    assert "--max-num-batched-tokens 16384" in report["serve"][0]
+    text = plan(*base, "--kv-cache-memory", available, status=0)
+    low, high = (int(n.replace(",", "")) for n in re.search(r"; ([\d,]+) to ([\d,]+) if the GiB", text).groups())
+    assert low <= tokens <= high and high - low < 3000
 
 
 def test_the_printed_gib_bound_the_tokens(folders):

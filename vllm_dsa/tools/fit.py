@@ -30,8 +30,9 @@ GPUS = {
 }
 # GiB that nvidia-smi lists and CUDA does not offer: 0.47 on an H100 (measured), 0.59 on an H200 (as vLLM logs it).
 DRIVER_GIB = 0.6
-# GiB a GPU that are assumed: CUDA's context with the kernels' code, NCCL's buffers, CUDA graphs.
-CONTEXT_GIB, NCCL_GIB, GRAPHS_GIB = 1.0, 1.5, 1.0
+# GiB a GPU that are assumed. Measured on an H200, one GPU, 6 layers: 0.1 of kernels' code, 0.1 of CUDA graphs. CUDA's
+# own context is in what --gpu-memory-utilization leaves.
+KERNELS_GIB, NCCL_GIB, LAYER_GRAPHS_GIB = 0.2, 1.5, 1 / 60
 WORKSPACE_GIB = 0.3  # of select and attend, beside what grows with the step
 UTILIZATION = 0.92  # vLLM's default in 0.32 and 0.33
 SHORTEST = 4096  # tokens that a plan must leave room for where no --max-model-len is asked
@@ -52,6 +53,7 @@ class Asked:
     kind: str  # of the latent cache: "auto", "fp8_ds_mla"
     utilization: float
     max_model_len: int | None
+    step: int | None  # --max-num-batched-tokens, if asked
     cache_memory: int | None  # bytes a GPU, if vLLM has said
     rounded: bool  # cache_memory, to hundredths of a GiB
 
@@ -61,15 +63,16 @@ class Asked:
 
     @property
     def batched_tokens(self) -> int:
-        """vLLM's default --max-num-batched-tokens on this GPU."""
-        if self.gpu_bytes >= 160 * GIB:
-            return 16384
+        """Tokens of the largest step: as asked, or vLLM's default on this GPU."""
+        if self.step or self.gpu_bytes >= 160 * GIB:
+            return self.step or 16384
         return 8192 if self.gpu_bytes >= 70 * GIB and not self.gpu.startswith("A100") else 2048
 
     @property
     def most_requests(self) -> int:
-        """vLLM's default --max-num-seqs on this GPU."""
-        return 256 if self.batched_tokens == 2048 else MOST_REQUESTS
+        """vLLM's default --max-num-seqs on this GPU, which no step of fewer tokens can reach."""
+        large = self.gpu_bytes >= 70 * GIB and not self.gpu.startswith("A100")
+        return min(self.batched_tokens, MOST_REQUESTS if large else 256)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,13 @@ def runtime_bytes(asked: Asked) -> int:
     step += int(WORKSPACE_GIB * GIB)
     # Logits in float32, sorted and as probabilities, for as many requests as vLLM tries at start.
     sampling = asked.most_requests * int(asked.hf_config.get("vocab_size") or 0) * 12
-    fixed = CONTEXT_GIB + GRAPHS_GIB + (NCCL_GIB if layout.gpus > 1 else 0)
-    return max(step, sampling) + int(fixed * GIB)
+    return max(step, sampling) + int(fixed_gib(asked) * GIB)
+
+
+def fixed_gib(asked: Asked) -> float:
+    """GiB of a GPU that no step changes: kernels' code, CUDA graphs, NCCL's buffers."""
+    graphs = LAYER_GRAPHS_GIB * asked.config.num_hidden_layers / asked.layout.pp
+    return KERNELS_GIB + graphs + (NCCL_GIB if asked.layout.gpus > 1 else 0)
 
 
 def alternatives(asked: Asked, concurrency: int) -> Iterator[str]:
@@ -223,6 +231,8 @@ def serve_command(model: str, asked: Asked, fit: Fit, concurrency: int) -> list[
     if layout.ep:
         parts.append("--enable-expert-parallel")
     parts += ["--kv-cache-dtype", asked.kind, "--max-model-len", str(fit.max_model_len)]
+    if asked.step:
+        parts += ["--max-num-batched-tokens", str(asked.step)]
     if concurrency > asked.most_requests * layout.dp:
         parts += ["--max-num-seqs", str(math.ceil(concurrency / layout.dp))]
     if asked.cache_memory is None and asked.utilization != UTILIZATION:

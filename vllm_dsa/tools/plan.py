@@ -15,18 +15,16 @@ from vllm_dsa.config import DSAConfig
 from vllm_dsa.tools import memory
 from vllm_dsa.tools import model as models
 from vllm_dsa.tools.fit import (
-    CONTEXT_GIB,
     DRIVER_GIB,
     GIB,
     GPUS,
-    GRAPHS_GIB,
-    NCCL_GIB,
     UTILIZATION,
     Asked,
     Fit,
     alternatives,
     default_kind,
     fitted,
+    fixed_gib,
     serve_command,
 )
 from vllm_dsa.tools.memory import BLOCK, Layout
@@ -53,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", metavar="D", help="auto, bfloat16 or fp8_ds_mla (fp8); default: the smaller"
     )
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens a request; default: as many as fit")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="N", help="tokens a step; default: as vLLM, 2048 to 16384"
+    )
     parser.add_argument("--concurrency", type=int, metavar="N", help="requests at once, each that long")
     parser.add_argument("--gpu-memory-utilization", type=float, default=UTILIZATION, metavar="X", help="default: 0.92")
     parser.add_argument(
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     hf_config = models.read_config(folder)
     config = DSAConfig.from_hf(hf_config)
     name, size = _gpu(args.gpu)
-    for option in ("num_gpus", "nodes", "tp", "dp", "pp", "max_model_len", "concurrency"):
+    for option in ("num_gpus", "nodes", "tp", "dp", "pp", "max_model_len", "max_num_batched_tokens", "concurrency"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         kind=_cache_kind(args.kv_cache_dtype, config, models.dtype_of(hf_config)),
         utilization=args.gpu_memory_utilization,
         max_model_len=args.max_model_len,
+        step=args.max_num_batched_tokens,
         cache_memory=_cache_memory(args.kv_cache_memory),
         rounded=not (args.kv_cache_memory or "").endswith("B"),
     )
@@ -249,8 +251,8 @@ def _report(
         gpu.add("weights", f"{_gib(sum(tightest.weights.values())):>12}")
         gpu.add(
             "runtime",
-            f"{_gib(fit.runtime):>12}  assumed: context {CONTEXT_GIB:g}, graphs {GRAPHS_GIB:g}"
-            f"{f', NCCL {NCCL_GIB:g}' if layout.gpus > 1 else ''}, a step of {asked.batched_tokens:,} tokens the rest",
+            f"{_gib(fit.runtime):>12}  assumed: {fixed_gib(asked):.1f} for kernels, graphs and NCCL, the rest for a "
+            f"step of {asked.batched_tokens:,} tokens",
         )
     gpu.add("caches", f"{_gib(tightest.available):>12}  {'as vLLM printed' if asked.cache_memory else 'what is left'}")
 
