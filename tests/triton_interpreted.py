@@ -117,9 +117,6 @@ def test_op_agrees_where_the_chip_converts(op, dtype, kernels, monkeypatch):
     CHECKS[op](kernels, with_dtype(FP8, dtype))
 
 
-KEYS_FIRST = triton_configs.Wide(16, 16, warps=4, stages=1, keys_first=True)
-
-
 class Decoding:
     """attend of a provider, every row a decode."""
 
@@ -131,16 +128,26 @@ class Decoding:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("wide", [None, triton_configs.Wide(16, 16, 4, 1), KEYS_FIRST], ids=["cached", "wide", "keys"])
-def test_decodes_agree(case, wide, kernels, configured):
-    configured("attend", wide=wide)
+def test_decodes_agree(case, kernels):
     check_attend(Decoding(kernels), case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_prefills_agree_keys_first(case, kernels, monkeypatch):
-    monkeypatch.setattr(triton_configs, "attend_wide", lambda *_: KEYS_FIRST)
-    check_attend(kernels, case)
+SHAPES = ("mixed", "at top_k", "no request", "top_k 300", "many heads", "odd sizes", "two groups", "fp8")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_prefills_agree_on_the_pages(name, kernels, configured):
+    configured("attend_prefills", widen=False)
+    check_attend(kernels, BY_NAME[name])
+
+
+def test_prefills_in_parts(kernels, monkeypatch):
+    monkeypatch.setattr(triton_attend, "WIDE_ROWS", 40)
+    check_attend(kernels, BY_NAME["mixed"])
+
+
+def test_prefills_beside_decodes(kernels):
+    check_attend(kernels, Case("mixed step", ((250, 1), (31, 1), (40, 20), (0, 3)), padding_rows=2, decode_rows=1))
 
 
 def test_fp8_dots_agree(kernels, configured, monkeypatch):
@@ -163,11 +170,6 @@ def selection(kernels, case):
     selected = torch.empty(case.tokens, case.top_k, dtype=torch.int32)
     kernels.select(codes, weights, inputs.index_cache, inputs.rows, selected)
     return inputs, selected
-
-
-def attention(kernels, inputs, selected, case):
-    out = torch.empty(case.tokens, case.heads, case.rank, dtype=case.dtype)
-    return out, kernels.attend(inputs.query, inputs.latent_cache, inputs.rows, selected, inputs.scale, out)
 
 
 @pytest.mark.parametrize("changes", [{"spread_rows": 0}, {"spread_rows": 0, "group_rows": 2}, {"programs": 1}], ids=str)
@@ -193,17 +195,6 @@ def test_lengths_are_read_on_the_device(kernels):
     selected = torch.empty_like(expected)
     kernels.select(codes, weights, inputs.index_cache, inputs.rows, selected)
     compare.assert_same_bits("selected", selected, expected)
-
-
-@pytest.mark.parametrize("case", [BY_NAME["top_k 300"], replace(FP8, name="split", top_k=256)], ids=lambda c: c.name)
-def test_parts_merge_to_the_same_bits_in_one_program_or_many(case, kernels, configured):
-    inputs, selected = selection(kernels, case)
-    assert triton_configs.attend(torch.device("cpu"), case.dtype, case.dtype, 1, case.top_k).splits > 1
-    apart = attention(kernels, inputs, selected, case)
-    configured("attend", whole_rows=1)
-    check_attend(kernels, case)
-    for name, a, b in zip(("attention", "log-sum-exp"), apart, attention(kernels, inputs, selected, case), strict=True):
-        compare.assert_same_bits(name, a, b)
 
 
 @triton.jit
@@ -309,15 +300,13 @@ FAULTS = {
     "key scale of a page": (SELECT, "select", "mixed", "scales + offset", "scales + offset * 0"),
     "another request's pages": (SELECT, "select", "block of 48", "block_table + request * table_stride", "block_table"),
     "one request a group": (SELECT, "select", "block of 48", "other=-1) != request", "other=-1) == -1"),
-    "last tile unmasked": (
-        *(
-            SELECT,
-            "select",
-            "mixed",
-            "candidate = ((_rank(found) >= bound) & (position < length))",
-            "candidate = ((_rank(found) >= bound))",
-        ),
-        *("position < (length + UNIT - 1) // UNIT * UNIT", "position < length + 64"),
+    "past the length": (
+        *(SELECT, "select", "mixed", 'tl.where(position < length, tl.maximum(found, LEAST), float("-inf"))'),
+        "tl.where(position < length, tl.maximum(found, LEAST), 1e30)",
+    ),
+    "a line of four forgotten": (
+        *(SELECT, "select", "top_k 300", "position + 2 * LINE, length, 1) >= least"),
+        "position + LINE, length, 1) >= least",
     ),
     "lower third dropped": (
         SELECT,
@@ -331,14 +320,32 @@ FAULTS = {
         *(SELECT, "select", "ties all", "(equal_before < ties)", "(equal_before >= tl.sum(equal, axis=0) - ties)"),
         *("tl.minimum(equal_before, ties)", "tl.maximum(equal_before - tl.sum(equal, axis=0) + ties, 0)"),
     ),
-    "padding attended to": (ATTEND, "attend", "at top_k", "known = position >= 0", "known = position >= -1"),
+    "the last key twice": (ATTEND, "attend", "at top_k", "(key < last)", "(key <= last)"),
     "latent scale of another group": (ATTEND, "attend", "fp8", "scales + g", "scales"),
+    "latent scales of another row": (
+        ATTEND,
+        "decode",
+        "fp8",
+        "(source + RANK).to(tl.pointer_type(tl.float32)",
+        "(source + RANK + 4).to(tl.pointer_type(tl.float32)",
+    ),
     "rotated key left out": (ATTEND, "attend", "mixed", "tl.dot(q_rope,", "tl.dot(q_rope * 0,"),
-    "query scaled once": (ATTEND, "attend", "fp8", "row_scale = row_scale * (", "row_scale = row_scale + 0 * ("),
-    "sums not rescaled": (ATTEND, "attend", "top_k 300", "kept = values[g] * keep[:, None]", "kept = values[g]"),
-    "parts merged unweighted": (ATTEND, "attend", "top_k 300", "values[g] * keep[:, None]),", "values[g]),"),
+    "query scaled once": (ATTEND, "decode", "fp8", "scale = scale * tl", "scale = scale + 0 * tl"),
+    "sums not rescaled": (ATTEND, "attend", "top_k 300", "kept = values * keep[:, None]", "kept = values"),
+    "parts merged unweighted": (ATTEND, "decode", "top_k 300", "part * add[:, None]", "part"),
+    "part left out": (ATTEND, "decode", "top_k 300", "range(0, SPLITS)", "range(1, SPLITS)"),
     "log-sum-exp in base 2": (ATTEND, "attend", "mixed", "* 0.6931471805599453", ""),
-    "page stride": (ATTEND, "attend", "mixed", "* page_stride", "* (BLOCK_SIZE * row_stride)"),
+    "page stride": (ATTEND, "decode", "mixed", "* page_stride", "* (BLOCK_SIZE * row_stride)"),
+    "page stride, widened": (ATTEND, "attend", "mixed", "* page_stride", "* (BLOCK_SIZE * row_stride)"),
+    "page of one tile before": (ATTEND, "decode", "top_k 300", "at = after", "at = at"),
+    "another request's latents": (ATTEND, "attend", "mixed", "spans + request * 2) * row", "spans) * row"),
+    "another request's pages, attending": (
+        ATTEND,
+        "decode",
+        "block of 48",
+        "block_table + request * table_stride",
+        "block_table",
+    ),
 }
 
 
@@ -369,4 +376,4 @@ def test_a_planted_fault_is_seen(fault, tmp_path, monkeypatch, kernels, configur
         changed = provider(**{name: copy})
     configured("score", spread_rows=0)
     with pytest.raises(compare.Mismatch):
-        CHECKS[op](changed, BY_NAME[case])
+        (CHECKS | {"decode": lambda it, case: check_attend(Decoding(it), case)})[op](changed, BY_NAME[case])

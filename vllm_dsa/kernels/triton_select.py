@@ -3,11 +3,12 @@
 Rows go in tiles whose scores stay within VLLM_DSA_SCORE_BUDGET_MB. A score depends on its row and its key alone, not on
 the tile, the group or the batch they are computed in. Top-k ranks a row's scores by one program, in two reads:
 
-1. Of the row laid out in lines of CHUNK columns (at least twice top_k), the maximum of each column. What about top_k
-   of these maxima reach bounds the top_k-th best score from below.
-2. The keys that score at least that bound, in order of position, and how many they are: for scores without structure
-   at most about 1.5 top_k, whatever the length. If they fit CHUNK, the rest runs in registers; rows with many equal
-   scores may exceed it and are then ranked in memory.
+1. Of the row laid out in lines of some thousand columns (at least twice top_k), the maximum of each column. What about
+   top_k of these maxima reach bounds the top_k-th best score from below.
+2. The positions whose score reaches that bound, in order, and how many they are: for scores without structure at most
+   about 1.5 top_k, whatever the length. Each warp lists those of its own parts of the row, so that none waits for
+   another. If they fit the registers, the rest runs there; rows with many equal scores may exceed them and are ranked
+   in memory.
 
 A bound is found by counting: of the interval that it lies in, each step keeps a third.
 
@@ -23,9 +24,11 @@ from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode
 from vllm_dsa.metadata import Rows
 
-SCAN = 1024
-ROWS = 4096  # ranked at a time: 134 MB of candidates at a top_k of 2048
+LINE = 32  # scores that a warp reads at a time
+PARTS = 32  # of a row
+LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
 FEW_ROWS = 256  # so few programs leave most of a chip idle: more warps for each
+PLACES_BYTES = 1 << 27  # top-k's temporaries
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "least", "group_rows", "scores_stride"])
@@ -74,15 +77,43 @@ def _score_kernel(
 
 
 @triton.jit
-def _rank(scores):
-    """float32 to uint32 that order as they do; 0.0 and -0.0 are equal, and nothing finite becomes 0."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+def _rank(score):
+    """A finite float32 to a uint32; they order alike."""
+    bits = score.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
+def _of_rank(rank):
+    """The score of a rank."""
+    bits = rank.to(tl.int32, bitcast=True)
+    return (bits ^ ((~bits >> 31) | -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load(scores, position, length, UNIT: tl.constexpr):
+    """scores[position], -inf past length; UNIT scores are read at a time. What is not a number counts as the least."""
+    found = tl.load(scores + position, mask=position < (length + UNIT - 1) // UNIT * UNIT, other=LEAST)
+    return tl.where(position < length, tl.maximum(found, LEAST), float("-inf"))
+
+
+@triton.jit
+def _counts(found, first, second):
+    """How many of found [m, n], fewer than 2^16 in all, reach the score of rank first, and how many that of second."""
+    both = tl.where(found >= _of_rank(second), 0x10001, tl.where(found >= _of_rank(first), 1, 0))
+    both = tl.sum(tl.sum(both, axis=1), axis=0)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def _thirds(low, high):
+    third = (high - low) // 3
+    return low + third + 1, tl.minimum(low + 2 * third + 2, high)
+
+
+@triton.jit
 def _split(low, high, many, few, first, second, first_count, second_count, TOP_K: tl.constexpr):
-    """``_narrow``'s next bounds, by how many ranks reach ``first`` and ``second``, low < first <= second <= high."""
+    """The bounds of ``_narrow`` after its next step: how many reach first and second, low < first <= second <= high."""
     if second_count >= TOP_K:
         low, many = second, second_count
     elif first_count >= TOP_K:
@@ -93,132 +124,145 @@ def _split(low, high, many, few, first, second, first_count, second_count, TOP_K
 
 
 @triton.jit
-def _thirds(low, high):
-    third = (high - low) // 3
-    return low + third + 1, tl.minimum(low + 2 * third + 2, high)
+def _narrow(found, low, high, many, TOP_K: tl.constexpr, ENOUGH: tl.constexpr):
+    """The greatest rank ``low`` that at least TOP_K of found [m, n] reach, or one that at most ENOUGH reach.
 
-
-@triton.jit
-def _narrow(ranks, low, high, many, TOP_K: tl.constexpr, ENOUGH: tl.constexpr):
-    """The greatest ``low`` that at least TOP_K of ranks [n] reach, or one that at most ENOUGH reach.
-
-    high: no rank is greater. many: ranks that reach low. Returns low, how many reach it, and how many exceed high,
-    which is low if more than ENOUGH reach it.
+    high: none ranks above it. many: how many reach low. Returns low, how many reach it, and how many exceed high, which
+    is low if more than ENOUGH reach it.
     """
     few = tl.zeros((), tl.int32)
     while (low < high) & (many > ENOUGH):
         first, second = _thirds(low, high)
-        both = tl.sum((ranks >= first).to(tl.int32) + ((ranks >= second).to(tl.int32) << 16), axis=0)
-        low, high, many, few = _split(low, high, many, few, first, second, both & 0xFFFF, both >> 16, TOP_K)
-    return low, many, few
-
-
-@triton.jit
-def _load(scores, position, length, UNIT: tl.constexpr):
-    """scores[position], something past length; UNIT scores are read at a time."""
-    return tl.load(scores + position, mask=position < (length + UNIT - 1) // UNIT * UNIT, other=0.0)
-
-
-@triton.jit
-def _load_ranks(scores, position, length, UNIT: tl.constexpr):
-    """Ranks of scores[position], 0 past length."""
-    return tl.where(position < length, _rank(_load(scores, position, length, UNIT)), 0)
-
-
-@triton.jit
-def _narrow_in_memory(scores, length, low, high, many, TOP_K: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr):
-    """As ``_narrow``, of the ranks of scores[:length]."""
-    column = tl.arange(0, CHUNK)
-    few = tl.zeros((), tl.int32)
-    while (low < high) & (many > TOP_K):
-        first, second = _thirds(low, high)
-        first_count, second_count = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        for start in range(0, length, CHUNK):
-            ranks = _load_ranks(scores, start + column, length, UNIT)
-            both = tl.sum((ranks >= first).to(tl.int32) + ((ranks >= second).to(tl.int32) << 16), axis=0)
-            first_count += both & 0xFFFF
-            second_count += both >> 16
+        first_count, second_count = _counts(found, first, second)
         low, high, many, few = _split(low, high, many, few, first, second, first_count, second_count, TOP_K)
     return low, many, few
 
 
 @triton.jit
+def _narrow_in_memory(scores, length, low, high, many, at, TOP_K: tl.constexpr, UNIT: tl.constexpr):
+    """As ``_narrow``, of scores[:length]. at: [m, n], as many positions as are read at a time."""
+    few = tl.zeros((), tl.int32)
+    while (low < high) & (many > TOP_K):
+        first, second = _thirds(low, high)
+        first_count, second_count = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+        for start in range(0, length, at.shape[0] * at.shape[1]):
+            counts = _counts(_load(scores, start + at, length, UNIT), first, second)
+            first_count += counts[0]
+            second_count += counts[1]
+        low, high, many, few = _split(low, high, many, few, first, second, first_count, second_count, TOP_K)
+    return low, many, few
+
+
+@triton.jit
+def _takes(found, low, exact, ties, written):
+    """Which of found [m, n], in this order, are taken, and the places of those in the row's output: all that exceed low
+    and the first ``ties`` equal to it; if ``exact``, all that reach it. Then the ties left, and how many are written in
+    all."""
+    equal = ((found == low) & (not exact)).to(tl.int32)
+    above = (found >= low).to(tl.int32) - equal
+    packed = above + (equal << 16)
+    of_line = tl.sum(packed, axis=1)
+    before = tl.cumsum(packed, axis=1) - packed + (tl.cumsum(of_line, axis=0) - of_line)[:, None]
+    above_before, equal_before = before & 0xFFFF, before >> 16
+    taken = (above == 1) | ((equal == 1) & (equal_before < ties))
+    place = written + above_before + tl.minimum(equal_before, ties)
+    total = tl.sum(of_line, axis=0)
+    tied = tl.minimum(total >> 16, ties)
+    return taken, place, ties - tied, written + (total & 0xFFFF) + tied
+
+
+@triton.jit
 def _top_k_row(
-    scores, length, places, out, TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr
-):
-    """The top-k of scores[:length], more than TOP_K, into out. places: one program's of ``candidates`` below."""
-    column = tl.arange(0, CHUNK)
-    kept = (places + CHUNK).to(tl.pointer_type(tl.float32), bitcast=True)
+    scores, length, places, cap, out,
+    TOP_K: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The top-k of scores[:length], more than TOP_K, into out. places [PARTS, cap]: one row of the kernel's."""
+    SIZE: tl.constexpr = LINES * LINE
+    at = tl.arange(0, LINES)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    whole = length // SIZE * SIZE
+    best = _load(scores, whole + at, length, UNIT)
+    for start in range(0, whole, SIZE):
+        best = tl.maximum(best, tl.load(scores + start + at))
+    columns = tl.minimum(length, SIZE)
+    highest = tl.max(tl.max(best, axis=1), axis=0)
+    lowest = tl.min(tl.min(tl.where(at < columns, best, highest), axis=1), axis=0)
+    highest = _rank(highest)
+    bound, _, _ = _narrow(best, _rank(lowest), highest, columns, TOP_K, TOP_K + TOP_K // 16)
 
-    best = tl.zeros([CHUNK], tl.uint32)
-    for start in range(0, length, CHUNK):
-        best = tl.maximum(best, _load_ranks(scores, start + column, length, UNIT))
-    highest = tl.max(best, axis=0)
-    lowest = tl.min(tl.where(column < length, best, highest), axis=0)
-    columns = tl.minimum(length, CHUNK)
-    bound, _, _ = _narrow(best, lowest, highest, columns, TOP_K, TOP_K + TOP_K // 16)
-
-    count = tl.zeros((), tl.int32)
-    part = tl.arange(0, SCAN)
-    for start in range(0, length, SCAN):
-        position = start + part
-        found = _load(scores, position, length, UNIT)
-        candidate = ((_rank(found) >= bound) & (position < length)).to(tl.int32)
-        place = count + tl.cumsum(candidate, axis=0) - candidate
-        fits = (candidate == 1) & (place < CHUNK)
-        tl.store(places + place, position, mask=fits)
-        tl.store(kept + place, found, mask=fits)
-        count += tl.sum(candidate, axis=0)
+    # No two cells count as neighbours: a thread that took four would have to hand three on before it stores.
+    part, cell = tl.arange(0, PARTS), tl.max_contiguous(tl.arange(0, LINE), 1)[None, :]
+    least = _of_rank(bound)
+    span = tl.cdiv(length, PARTS * 4 * LINE) * 4 * LINE
+    count = tl.zeros([PARTS], tl.int32)
+    of_part = places + (part * cap)[:, None]
+    for first in range(0, span, 4 * LINE):
+        # Four lines of each part at a time; flags of one byte, so that one scan counts all.
+        position = (part * span)[:, None] + first + cell
+        flags = _load(scores, position, length, 1) >= least
+        flags1 = _load(scores, position + LINE, length, 1) >= least
+        flags2 = _load(scores, position + 2 * LINE, length, 1) >= least
+        flags3 = _load(scores, position + 3 * LINE, length, 1) >= least
+        packed = tl.where(flags, 1, 0) + tl.where(flags1, 1 << 8, 0)
+        packed += tl.where(flags2, 1 << 16, 0) + tl.where(flags3, 1 << 24, 0)
+        upto, total = tl.cumsum(packed, axis=1), tl.sum(packed, axis=1)
+        place = count[:, None] - 1 + (upto & 0xFF)
+        tl.store(of_part + place, position, mask=flags & (place < cap))
+        count += total & 0xFF
+        place = count[:, None] - 1 + ((upto >> 8) & 0xFF)
+        tl.store(of_part + place, position + LINE, mask=flags1 & (place < cap))
+        count += (total >> 8) & 0xFF
+        place = count[:, None] - 1 + ((upto >> 16) & 0xFF)
+        tl.store(of_part + place, position + 2 * LINE, mask=flags2 & (place < cap))
+        count += (total >> 16) & 0xFF
+        place = count[:, None] - 1 + (upto >> 24)
+        tl.store(of_part + place, position + 3 * LINE, mask=flags3 & (place < cap))
+        count += total >> 24
     tl.debug_barrier()  # other threads of this program wrote what is read next
 
-    gathered = count <= CHUNK
-    if gathered:
-        ranks = _load_ranks(kept, column, count, UNIT)
-        low, many, few = _narrow(ranks, bound, highest, count, TOP_K, TOP_K)
-        source, total = kept, count
-    else:
-        low, many, few = _narrow_in_memory(scores, length, bound, highest, count, TOP_K, SCAN, UNIT)
-        source, total = scores, length
-    # Above: those that reach low, if they are TOP_K, else those that exceed it, and of its equals the first.
-    exact = many == TOP_K
-    ties = tl.where(exact, 0, TOP_K - few)
-    written = tl.zeros((), tl.int32)
-    for start in range(0, total, SCAN):
-        position = start + part
-        ranks = _load_ranks(source, position, total, UNIT)
-        equal = ((ranks == low) & (not exact)).to(tl.int32)
-        above = (ranks >= low).to(tl.int32) - equal
-        both = tl.cumsum(above + (equal << 16), axis=0)  # of fewer than 2^16 keys
-        above_before, equal_before = (both & 0xFFFF) - above, (both >> 16) - equal
-        taken = (above == 1) | ((equal == 1) & (equal_before < ties))
-        place = written + above_before + tl.minimum(equal_before, ties)
-        if gathered:
-            position = tl.load(places + position, mask=position < total, other=0)
+    # Candidates in lines of one part each: offset and candidates left, of every line.
+    lines = (count + LINE - 1) // LINE
+    last = tl.cumsum(lines, axis=0)
+    within = tl.arange(0, LINES)[:, None] - (last - lines)[None, :]
+    own = (within >= 0) & (within < lines[None, :])
+    offset = tl.sum(tl.where(own, (part * cap)[None, :] + within * LINE, 0), axis=1)
+    left = tl.sum(tl.where(own, count[None, :] - within * LINE, 0), axis=1)
+    candidates = tl.sum(count, axis=0)
+    if (tl.sum(lines, axis=0) <= LINES) & (tl.max(count, axis=0) <= cap):
+        listed = cell < left[:, None]
+        position = tl.load(places + offset[:, None] + cell, mask=listed, other=0)
+        found = tl.load(scores + position, mask=listed, other=0.0)
+        found = tl.where(listed, tl.maximum(found, LEAST), float("-inf"))
+        low, many, few = _narrow(found, bound, highest, candidates, TOP_K, TOP_K)
+        taken, place, _, _ = _takes(found, _of_rank(low), many == TOP_K, TOP_K - few, 0)
+        position = tl.load(places + offset[:, None] + cell, mask=listed, other=0)
         tl.store(out + place, position, mask=taken & (place < TOP_K))
-        tied = tl.minimum(tl.sum(equal, axis=0), ties)
-        ties -= tied
-        written += tl.sum(above, axis=0) + tied
+    else:
+        low, many, few = _narrow_in_memory(scores, length, bound, highest, candidates, at, TOP_K, UNIT)
+        ties, written = TOP_K - few, tl.zeros((), tl.int32)
+        for start in range(0, length, SIZE):
+            found = _load(scores, start + at, length, UNIT)
+            taken, place, ties, written = _takes(found, _of_rank(low), many == TOP_K, ties, written)
+            tl.store(out + place, start + at, mask=taken & (place < TOP_K))
 
 
 @triton.jit(do_not_specialize=["scores_stride", "out_stride"], do_not_specialize_on_alignment=["lengths", "out"])
 def _top_k_kernel(
-    scores, candidates, lengths, out, scores_stride, out_stride,
-    TOP_K: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr, UNIT: tl.constexpr,
+    scores, places, lengths, out, cap, scores_stride, out_stride,
+    TOP_K: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, which appends SCAN positions at a time.
+    """One program a row. places [rows, PARTS, cap] int32: positions of the candidates of each part of the row.
 
-    candidates [rows, 2, CHUNK] int32: positions of the row's candidates, then their scores' bits. scores_stride counts
-    units of UNIT scores.
+    scores_stride counts units of UNIT scores.
     """
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row)
     out += row * out_stride
     if length <= TOP_K:
-        column = tl.arange(0, CHUNK)
-        tl.store(out + column, tl.where(column < length, column, -1), mask=column < TOP_K)
+        at = tl.arange(0, LINES * LINE)
+        tl.store(out + at, tl.where(at < length, at, -1), mask=at < TOP_K)
     else:
         scores += row * scores_stride * UNIT
-        _top_k_row(scores, length, candidates + row * (2 * CHUNK), out, TOP_K, CHUNK, SCAN, UNIT)
+        _top_k_row(scores, length, places + row * (PARTS * cap), cap, out, TOP_K, LINES, PARTS, LINE, UNIT)
 
 
 def select(
@@ -243,33 +287,34 @@ def select(
 
 def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
     """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
-    top_k, chunk = out.shape[1], _chunk(out.shape[1])
-    candidates = torch.empty(min(len(out), ROWS), 2, chunk, dtype=torch.int32, device=out.device)
+    top_k = out.shape[1]
+    size = _candidates(top_k)
+    cap = min(size // 2, 4 * LINE * triton.cdiv(scored.shape[1], PARTS * 4 * LINE))
+    step = max(1, PLACES_BYTES // (PARTS * cap * 4))
+    places = torch.empty(min(len(out), step), PARTS, cap, dtype=torch.int32, device=out.device)
     unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
-    for first in range(0, len(out), ROWS):
-        mine = out[first : first + ROWS]
+    for first in range(0, len(out), step):
+        mine = out[first : first + step]
         _top_k_kernel[(len(mine),)](
             scored[first:],
-            candidates,
+            places,
             lengths[first:],
             mine,
+            cap,
             scored.stride(0) // unit,
             out.stride(0),
             TOP_K=top_k,
-            CHUNK=chunk,
-            SCAN=SCAN,
+            LINES=size // LINE,
+            PARTS=PARTS,
+            LINE=LINE,
             UNIT=unit,
             num_warps=8 if len(mine) > FEW_ROWS else 16,
         )
 
 
-def top_k_workspace(top_k: int) -> int:
-    """Bytes that top_k_rows may take."""
-    return ROWS * 2 * _chunk(top_k) * 4
-
-
-def _chunk(top_k: int) -> int:
-    return max(1024, 2 * triton.next_power_of_2(top_k))
+def _candidates(top_k: int) -> int:
+    """How many candidates of a row are ranked in registers, at least 2 top_k; each part may leave half a line empty."""
+    return triton.next_power_of_2(max(2 * top_k, top_k * 25 // 16 + PARTS * LINE // 2))
 
 
 def scores(codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int) -> torch.Tensor:

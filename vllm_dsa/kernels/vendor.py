@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vllm_dsa import cache, envs
-from vllm_dsa.kernels.triton_select import top_k_rows, top_k_workspace
+from vllm_dsa.kernels.triton_select import PLACES_BYTES, top_k_rows
 from vllm_dsa.metadata import Rows
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
@@ -300,7 +300,7 @@ def _bounds(rows: Rows, *lengths: int) -> list[torch.Tensor]:
 def workspace(request: Any, tokens: int) -> int:
     """Bytes that select, attend or attend_dense may take for so many rows; they do not overlap in time."""
     selecting = (
-        GATHER_ROWS * (request.index_dim + 4) + (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + top_k_workspace(request.top_k)
+        GATHER_ROWS * (request.index_dim + 4) + (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + PLACES_BYTES
     )
     attending = tokens * request.top_k * 4
     if request.latent_kind == cache.FP8_DS_MLA:
