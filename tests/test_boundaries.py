@@ -74,7 +74,7 @@ TABLE = (
             *PLAIN_TOOLS,
         ),
     ),
-    Layer(("vllm_dsa.tools", "vllm_dsa.tools.*"), ("*",)),
+    Layer(("vllm_dsa.tools", "vllm_dsa.tools.*"), ("torch", "vllm_dsa.*"), in_functions=("rich", "matplotlib")),
 )
 
 
@@ -182,6 +182,8 @@ PLANTED = [
     ("tools.doctor", "import vllm"),
     ("tools.memory", "from vllm_dsa import cache"),
     ("tools.main", "import rich"),
+    ("tools.verify", "def f():\n    import vllm"),
+    ("tools.plot", "import matplotlib"),
     ("kernels.limits", "import triton"),
     ("stray", "import json"),
 ]
@@ -193,7 +195,7 @@ ALLOWED = [
     ("models.deepseek_v32", "from vllm_dsa.attention import DSAAttention\nimport torch"),
     ("models.axk2", "from vllm_dsa.models.deepseek_v32 import DecoderLayer\nfrom vllm_dsa.compat import RMSNorm"),
     ("__init__", "import os\ndef register():\n    from vllm_dsa import compat"),
-    ("tools.verify", "import vllm, torch, rich\nfrom vllm_dsa import models"),
+    ("tools.verify", "import torch\nfrom vllm_dsa import compat, models\ndef f():\n    import rich, matplotlib"),
     ("tools.output", "def f():\n    from rich.console import Console"),
     ("tools.doctor", "from vllm_dsa import compat\nfrom vllm_dsa.kernels import OPS, dispatch"),
 ]

@@ -1,7 +1,10 @@
 """Train a tiny DeepSeek-V3.2 model, indexer and all, and write it as a published checkpoint: a model whose indexer's
 RoPE layout can be told from its weights. Under a minute on one CPU core.
 
-    python tests/train_tiny.py OUT_DIR [--steps 150] [--swapped]      --swapped: the other layout is the right one
+    python tests/train_tiny.py OUT_DIR [--steps 100] [--index-head-dim 16] [--swapped]
+
+Of the 16 index dims all are rotated, so the layout shows early. --index-head-dim 32: half of them are, as in the
+published models; that takes 200 steps. --swapped: the other layout is the right one.
 
 The text is a stream of facts and questions among filler words. A fact `red=lion` holds until the next `red=...`; after
 `red` comes what holds. So attention must find tokens by what they are and by how near they are. The indexer learns as
@@ -23,11 +26,11 @@ from vllm_dsa.kernels import Rope, reference
 
 SIZES = {
     "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "index_n_heads": 4, "index_head_dim": 32,
-    "index_topk": 32, "first_k_dense_replace": 2, "intermediate_size": 128, "num_nextn_predict_layers": 0,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "index_n_heads": 4, "index_head_dim": 16,
+    "index_topk": 16, "first_k_dense_replace": 2, "intermediate_size": 128, "num_nextn_predict_layers": 0,
     "rope_scaling": None, "max_position_embeddings": 4096,
 }  # fmt: skip
-LENGTH, BATCH, STEPS = 256, 8, 150
+LENGTH, BATCH, STEPS = 256, 8, 100
 
 
 def stream(length: int, seed: int) -> tuple[list[str], list[bool]]:
@@ -35,7 +38,7 @@ def stream(length: int, seed: int) -> tuple[list[str], list[bool]]:
     rng, words, known, follows = random.Random(seed), [], {}, []
     while len(words) < length:
         kind = rng.random()
-        if kind < 0.15:
+        if kind < 0.08:
             code = rng.choice(CODES)
             known[code] = rng.choice(ANIMALS)
             words.append(f"{code}={known[code]}")
@@ -127,10 +130,10 @@ def index_scores(
     return torch.einsum("bhqk,qbh->bqk", dots, head_weights)
 
 
-def train(steps: int, seed: int = 0, report: bool = False) -> tuple[dict, files.Tensors]:
-    """Config and tensors of a model trained for so many steps."""
-    config = make_config(**SIZES)
-    tensors = random_tensors(config, seed)
+def train(steps: int, *, report: bool = False, **sizes: int) -> tuple[dict, files.Tensors]:
+    """Config and tensors of a model trained for so many steps; sizes: config values other than those of SIZES."""
+    config = make_config(**SIZES | sizes)
+    tensors = random_tensors(config, seed=0)
     for name, tensor in tensors.items():
         if name.endswith("norm.weight"):
             tensor.fill_(1)
@@ -147,7 +150,7 @@ def train(steps: int, seed: int = 0, report: bool = False) -> tuple[dict, files.
         logits, divergence = forward(tensors, config, ids)
         losses = F.cross_entropy(logits[:-1].flatten(0, 1), ids[1:].flatten(), reduction="none")
         asked = follows[1:].flatten()
-        loss = losses[asked].mean() + 0.1 * losses.mean() + 0.5 * divergence
+        loss = losses[asked].mean() + 0.1 * losses.mean() + 2 * divergence
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
@@ -188,9 +191,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--index-head-dim", type=int, default=SIZES["index_head_dim"])
     parser.add_argument("--swapped", action="store_true")
     args = parser.parse_args()
-    config, tensors = train(args.steps, report=True)
+    config, tensors = train(args.steps, report=True, index_head_dim=args.index_head_dim)
     write(args.out_dir, config, swap_layout(config, tensors) if args.swapped else tensors)
     (args.out_dir / "text.txt").write_text(text(1024, 0))
 

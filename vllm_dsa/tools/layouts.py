@@ -7,7 +7,7 @@ other, and nothing can be said.
 
 Judged are layers where the best selection holds at least SPREAD more than a random one; there a layout's worth is the
 share of that lead which it keeps. The verdict asks for a worth of at least WORTH, and a gap between the two layouts of
-at least GAP and of four standard errors over the rows.
+at least GAP and of four standard errors over the rows; worth and gap are means over the judged layers.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from vllm_dsa import compat
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.tools.output import Section, UserError, show
 
-SPREAD, WORTH, GAP = 0.1, 0.3, 0.05
-ROWS = 64  # rows measured, spread over the text's second half
-LEAST_TOKENS = 256
+SPREAD, WORTH, GAP = 0.02, 0.3, 0.05
+ROWS = 64  # measured, spread over the text's second half, past index_topk
+LEAST_TOKENS = 256  # and ROWS past index_topk
 # Selections from the projections on may differ where e4m3 rounds to either side; no more than this.
 LEAST_AGREEMENT = 0.95
 # Quiet, in this process, and nothing on standard output, which is the report's.
@@ -50,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
         os.environ["VLLM_DSA_PROVIDER"] = args.provider
     text, source = _text(args.text)
     tokens = max(2048, 4 * config.index_topk) if args.tokens is None else args.tokens
-    if not LEAST_TOKENS <= tokens < config.max_position_embeddings:
-        raise UserError(
-            f"--tokens {tokens}: give {LEAST_TOKENS} to {config.max_position_embeddings - 1} for this model."
-        )
-    layers, tokens = _measured(args, text, tokens)
+    least = max(LEAST_TOKENS, config.index_topk + ROWS)
+    if not least <= tokens < config.max_position_embeddings:
+        raise UserError(f"--tokens {tokens}: give {least} to {config.max_position_embeddings - 1} for this model.")
+    layers, tokens = _measured(args, text, tokens, least)
     report = {"model": args.checkpoint, "text": source, "tokens": tokens, **judge(layers)}
     if args.json:
         print(json.dumps(report, indent=2))
@@ -88,8 +87,9 @@ def _text(path: str | None) -> tuple[str, str]:
         raise UserError(f"--text {path}: {error}. Name a file of UTF-8 text.") from error
 
 
-def _measured(args: argparse.Namespace, text: str, tokens: int) -> tuple[list[dict[str, Any]], int]:
+def _measured(args: argparse.Namespace, text: str, tokens: int, least: int) -> tuple[list[dict[str, Any]], int]:
     """Every probed layer's report, ranks averaged, and the tokens read."""
+    given = _engine_options(args.engine)
     for name, value in ENGINE_ENV.items():
         os.environ.setdefault(name, value)
     options = dict(
@@ -101,7 +101,7 @@ def _measured(args: argparse.Namespace, text: str, tokens: int) -> tuple[list[di
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
-    options |= _engine_options(args.engine) | {"worker_extension_cls": "vllm_dsa.tools.probe.Probe"}
+    options |= given | {"worker_extension_cls": "vllm_dsa.tools.probe.Probe"}
     with stdout_to_stderr():
         print(f"loading {args.checkpoint} into vLLM ...", file=sys.stderr, flush=True)
         try:
@@ -110,12 +110,10 @@ def _measured(args: argparse.Namespace, text: str, tokens: int) -> tuple[list[di
             raise UserError(f"vLLM did not load {args.checkpoint}: {error}") from error
         try:
             ids = llm.get_tokenizer().encode(text)[:tokens]
-            if len(ids) < (args.tokens or LEAST_TOKENS):
-                raise UserError(
-                    f"the text has {len(ids)} tokens, wanted: {args.tokens or LEAST_TOKENS}. Give a longer --text."
-                )
-            half = len(ids) // 2
-            lengths = sorted({half + (len(ids) - half) * (i + 1) // ROWS for i in range(ROWS)})
+            if len(ids) < (wanted := args.tokens or least):
+                raise UserError(f"the text has {len(ids)} tokens, wanted: {wanted}. Give a longer --text.")
+            first = max(len(ids) // 2, least - ROWS)
+            lengths = sorted({first + (len(ids) - first) * (i + 1) // ROWS for i in range(ROWS)})
             if not all(llm.collective_rpc("dsa_probe", args=(lengths,))):
                 raise UserError("vLLM serves this model without vllm-dsa. Unset VLLM_DSA_DISABLE and VLLM_PLUGINS.")
             sampling = compat.SamplingParams(max_tokens=1, temperature=0, detokenize=False)
@@ -165,10 +163,10 @@ def judge(layers: list[dict[str, Any]]) -> dict[str, Any]:
     judged = [i for i, mean in enumerate(means) if mean["best"] - mean["chance"] >= SPREAD]
     worth, error = {"configured": 0.0, "other": 0.0}, 0.0
     if judged:
-        lead = fmean(means[i]["best"] - means[i]["chance"] for i in judged)
-        worth = {key: fmean(means[i][key] - means[i]["chance"] for i in judged) / lead for key in worth}
+        lead = {i: means[i]["best"] - means[i]["chance"] for i in judged}
+        worth = {key: fmean((means[i][key] - means[i]["chance"]) / lead[i] for i in judged) for key in worth}
         gaps = [
-            fmean(row["configured"] - row["other"] for row in same) / lead
+            fmean((row["configured"] - row["other"]) / lead[i] for i, row in zip(judged, same, strict=True))
             for same in zip(*(layers[i]["rows"] for i in judged), strict=True)
         ]
         error = stdev(gaps) / len(gaps) ** 0.5
