@@ -262,8 +262,9 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
     moved = keys * row + 2 * count * heads * (RANK + ROPE + RANK)
 
     def run(provider: Any) -> None:
-        provider.attend(query, step.latent_cache, step.rows, selected, scale, out)
+        provider.attend(query, step.latent_cache, rows, selected, scale, out)
 
+    rows = replace(step.rows, step={})
     against = None
     for name, provider in (("vendor", vendor), ("triton", triton_attend)):
         if provider and time.monotonic() < DEADLINE:
@@ -273,7 +274,7 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
             report(f"attend {name}  {step.name}, {heads} heads", seconds, moved, operations, BF16, against)
             against = seconds if provider is vendor else against
     if sweep:
-        candidates = sorted(attend_candidates(step, heads), key=str)
+        candidates = attend_candidates(step, heads)
         compile_candidates(step, heads, candidates)
         for candidate in candidates:
             if time.monotonic() > DEADLINE:
@@ -291,62 +292,40 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
                     report(name, seconds, moved, operations, BF16, against)
 
 
-Candidate = triton_configs.Wide | triton_configs.Attend
+# (block_heads, block_keys, warps, stages)
+PREFILLS_FEW = ((16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 4))
+PREFILLS_MANY = ((64, 64, 8, 3), (64, 32, 8, 5))
+PAGES_FEW = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 8, 2), (16, 64, 4, 2), (16, 32, 8, 2))
+PAGES_MANY = ((64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 8, 3))
 
 
-def attend_candidates(step: Step, heads: int) -> set[Candidate]:
-    """Configurations to try: of prefills Wide, of decodes Attend."""
+def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
+    """Configurations to try."""
     many = heads > 32
-    if not step.decode:
-        return {triton_configs.Wide(*numbers) for numbers in (WIDE_MANY if many else WIDE_FEW)}
-    base = triton_configs.attend(step.rows.lengths.device, step.latent_cache.dtype, torch.bfloat16, heads, TOP_K)
-    found: set[Candidate] = set()
-    for splits in (2, 4, 8):
-        parts = dict(splits=splits, split_keys=TOP_K // splits)
-        for numbers in COMPACT_MANY if many else COMPACT_FEW:
-            found.add(replace(base, **parts, wide=triton_configs.Wide(*numbers)))
-        for block_heads, block_keys, warps, stages in CACHED if splits > 2 else ():
-            if block_heads <= max(16, heads):
-                sizes = dict(block_heads=block_heads, block_keys=block_keys, warps=warps, stages=stages)
-                found.add(replace(base, **sizes, **parts, wide=None))
-    return found
+    pages = PAGES_MANY if many else PAGES_FEW
+    if step.decode:
+        return [triton_configs.Attend(*sizes, splits=splits) for splits in (2, 4, 8, 16) for sizes in pages]
+    wide = [triton_configs.Attend(*sizes, widen=True) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
+    return wide + [triton_configs.Attend(*sizes) for sizes in pages]
 
 
-# (block_heads, block_keys, warps, stages, keys_first)
-WIDE_FEW = (
-    *((16, 64, warps, 3, True) for warps in (4, 8)),
-    *itertools.product((16,), (32,), (4, 8), (3, 5), (False,)),
-    *((16, 64, warps, 3, False) for warps in (4, 8)),
-)
-WIDE_MANY = (*((64, 32, 8, stages, False) for stages in (3, 5, 7)), (64, 64, 8, 3, False), (32, 64, 8, 3, True))
-COMPACT_FEW = ((16, 64, 4, 2, True), (16, 32, 4, 3, False), (16, 32, 8, 3, False))
-COMPACT_MANY = ((64, 32, 8, 3, False), (64, 32, 8, 4, False), (64, 64, 8, 2, False))
-CACHED = (*itertools.product((16,), (32, 64), (4, 8), (1, 2)), (32, 32, 8, 2))
-
-
-def describe(candidate: Candidate) -> str:
-    if isinstance(candidate, triton_configs.Wide):
-        c = candidate
-        return f"wide {c.block_heads}h {c.block_keys}k {c.warps}w {c.stages}s{' keys first' if c.keys_first else ''}"
-    if candidate.wide:
-        return f"{describe(candidate.wide)} {candidate.splits} splits"
-    c = candidate
-    return f"cached {c.block_heads}h {c.block_keys}k {c.warps}w {c.stages}s {c.splits} splits whole at {c.whole_rows}"
+def describe(config: triton_configs.Attend) -> str:
+    sizes = f"{config.block_heads}h {config.block_keys}k {config.warps}w {config.stages}s"
+    return f"{sizes} {config.splits} splits{' widened' if config.widen else ''}"
 
 
 @contextmanager
-def configured(candidate: Candidate) -> Iterator[None]:
-    """attend as ``candidate`` has it."""
-    name = "attend_wide" if isinstance(candidate, triton_configs.Wide) else "attend"
-    before = getattr(triton_configs, name)
-    setattr(triton_configs, name, lambda *_: candidate)
+def configured(config: triton_configs.Attend) -> Iterator[None]:
+    """attend as ``config`` has it."""
+    before = triton_configs.attend_prefills, triton_configs.attend_decodes
+    triton_configs.attend_prefills = triton_configs.attend_decodes = lambda *_: config
     try:
         yield
     finally:
-        setattr(triton_configs, name, before)
+        triton_configs.attend_prefills, triton_configs.attend_decodes = before
 
 
-def compile_candidates(step: Step, heads: int, candidates: list[Candidate]) -> None:
+def compile_candidates(step: Step, heads: int, candidates: list[triton_configs.Attend]) -> None:
     """Fill Triton's cache on all cores."""
     begin = time.monotonic()
     columns, kind = step.rows.block_table.shape[1], step.latent_cache.dtype
@@ -356,7 +335,9 @@ def compile_candidates(step: Step, heads: int, candidates: list[Candidate]) -> N
     print(f"    {len(tasks)} configurations compiled in {time.monotonic() - begin:.0f} s, {failed} failed", flush=True)
 
 
-def compile_candidate(candidate: Candidate, heads: int, columns: int, kind: torch.dtype, decode: bool) -> None:
+def compile_candidate(
+    candidate: triton_configs.Attend, heads: int, columns: int, kind: torch.dtype, decode: bool
+) -> None:
     """One launch on two rows of one key."""
     table = torch.zeros(2, columns, dtype=torch.int32, device="cuda")
     rows = build_rows(torch.tensor([0, 1, 2]), torch.tensor([1, 1]), table, PAGE, 2)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {"write_keys", "write_queries", "score", "top_k", "attend", "merge", "widen", "wide"}
+KERNELS = {"write_keys", "write_queries", "score", "top_k", "attend", "merge", "widen", "scale_queries"}
 
 
 @pytest.fixture(scope="module")

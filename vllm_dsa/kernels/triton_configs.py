@@ -44,33 +44,18 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Wide:
-    """attend to rows widened to the model's dtype. keys_first: products are [keys, heads], not [heads, keys]."""
-
-    block_heads: int
-    block_keys: int
-    warps: int
-    stages: int
-    keys_first: bool = False
-
-
-@dataclass(frozen=True)
 class Attend:
-    """attend of decodes. The splits follow from the layer's shape, never from the batch: the bits depend on them.
+    """attend. The splits follow from the layer's shape, never from the batch: the results' bits depend on them.
 
-    wide: how to attend to the selected rows once they are widened; None: straight to the cache.
+    widen: first copy the latents of prefills one behind the other, in the model's dtype.
     """
 
     block_heads: int
     block_keys: int
     warps: int
     stages: int
-    splits: int
-    split_keys: int
-    whole_rows: int
-    merge_heads: int
-    hardware_e4m3: bool
-    wide: Wide | None = None
+    splits: int = 1
+    widen: bool = False
 
 
 def arch(device: torch.device) -> int:
@@ -114,28 +99,22 @@ def score(device: torch.device) -> Score:
     return Score(64, 32, 64, 8192, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
 
 
-def attend_wide(device: torch.device, model: torch.dtype, heads: int) -> Wide:
-    """Measured: nowhere yet."""
+def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Attend:
+    """Measured: sm90."""
     chip = arch(device)
     if model == torch.float32:
-        return Wide(16, 16, warps=4, stages=1)
+        return Attend(16, 16, warps=4, stages=1, widen=True)
     if chip == 90 and heads > 32:
-        return Wide(64, 32, warps=8, stages=7)
-    return Wide(16, 32, warps=4, stages=3)
+        return Attend(64, 64, warps=8, stages=3, widen=True)
+    return Attend(16, 64 if chip == 90 else 32, warps=4, stages=3, widen=True)
 
 
-def attend(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
+def attend_decodes(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
     """Measured: nowhere yet."""
-    block_keys, stages = (16, 1) if model == torch.float32 else (32, 2)
-    splits = 8 if top_k >= 1024 else 4 if top_k >= 256 else 1
-    return Attend(
-        block_heads=16,
-        block_keys=block_keys,
-        warps=8,
-        stages=stages,
-        splits=splits,
-        split_keys=-(-top_k // (splits * block_keys)) * block_keys,
-        whole_rows=128,
-        merge_heads=4,
-        hardware_e4m3=_hardware(arch(device)),
-    )
+    chip = arch(device)
+    splits = 4 if top_k >= 1024 else 2 if top_k >= 256 else 1
+    if model == torch.float32:
+        return Attend(16, 16, warps=4, stages=1, splits=splits)
+    if chip == 90 and heads > 32:
+        return Attend(64, 64, warps=8, stages=2, splits=splits)
+    return Attend(16, 32, warps=4, stages=2, splits=splits)

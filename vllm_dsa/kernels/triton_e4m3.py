@@ -35,6 +35,44 @@ def decode(codes, HARDWARE: tl.constexpr):
     return (bits & -0x4001).to(tl.float16, bitcast=True)
 
 
+# Four codes a word, in order, times one scale.
+_FOUR = tl.constexpr("""{
+    .reg .b16 low, high; .reg .b32 first, second, both;
+    mov.b32 {low, high}, $4; mov.b32 both, {$5, $5};
+    cvt.rn.f16x2.e4m3x2 first, low; cvt.rn.f16x2.e4m3x2 second, high;
+    mul.rn.f16x2 first, first, both; mul.rn.f16x2 second, second, both;
+    mov.b32 {$0, $1}, first; mov.b32 {$2, $3}, second;
+}""")
+
+
+@triton.jit
+def decode_words(words, scales, DTYPE: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes times scales, [K, 4 * W] of DTYPE (float16 or float32): words int32 [K, W] of four codes each, scales
+    float32 [K, G], one for each W // G words. Exact, but for scales that DTYPE does not hold.
+
+    Words, not bytes: Triton then fits the layout of what it loads to what multiplies it.
+    """
+    KEYS: tl.constexpr = words.shape[0]
+    GROUPS: tl.constexpr = scales.shape[1]
+    EACH: tl.constexpr = words.shape[1] // GROUPS
+    words = tl.reshape(words, [KEYS, GROUPS, EACH])
+    if HARDWARE and tl.float16 == DTYPE:
+        scale = tl.broadcast_to(scales.to(tl.float16)[:, :, None], [KEYS, GROUPS, EACH])
+        a, b, c, d = tl.inline_asm_elementwise(
+            _FOUR, "=h,=h,=h,=h,r,h", [words, scale], dtype=(tl.float16,) * 4, is_pure=True, pack=1
+        )
+    else:
+        # As in decode, two codes at a time.
+        scale = (scales * 256.0).to(DTYPE)[:, :, None]
+        even = ((words << 7) & 0x3F803F80) | ((words << 8) & -0x7FFF8000)
+        odd = ((words >> 1) & 0x3F803F80) | (words & -0x7FFF8000)
+        a = even.to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE) * scale
+        b = odd.to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE) * scale
+        c = (even >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE) * scale
+        d = (odd >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE) * scale
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [KEYS, 4 * GROUPS * EACH])
+
+
 @triton.jit
 def power_of_two(amax):
     """2^ceil(log2(amax)) of positive normal float32 values, and its reciprocal; both exact."""
