@@ -398,6 +398,11 @@ def test_the_installed_script(good):
         (["--help"], 0, r"doctor .*\n(.*\n)*.*plan "),
         (["doctor", "--help"], 0, r"vllm-dsa doctor /models/DeepSeek-V3\.2 --tp 8"),
         (["doctor", str(good)], 0, r"No fault found\."),
+        (
+            ["plan", str(good), "--gpu", "L40S", "--num-gpus", "1"],
+            0,
+            r"\nvllm serve /\S+ --tokenizer-mode deepseek_v32 ",
+        ),
         (["doctor", "no/model"], 2, r"^vllm-dsa doctor: 'no/model' is no folder here"),
         (["doctor", "--tp", "0"], 2, r"--tp 0: at least one rank"),
         (["doctr"], 2, r"invalid choice: 'doctr'"),

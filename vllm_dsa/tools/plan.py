@@ -202,7 +202,7 @@ def _refuse_split_blocks(asked: Asked) -> None:
         ("moe_intermediate_size", width, 1 if layout.ep else layout.tp * layout.dp),
         ("the width of the shared experts", shared, layout.shared_expert_ranks),
     ):
-        if size % (ranks * block):
+        if ranks > 1 and size % (ranks * block):
             step = "Pass --ep, or use fewer ranks" if ranks == layout.tp * layout.dp and not layout.ep else "Lower --tp"
             raise UserError(
                 f"{what}, {size}, over {ranks} ranks is no multiple of the {block} of an FP8 block. {step}."
