@@ -139,6 +139,8 @@ _OLD_SCORES = "DeepGEMM: vLLM 0.32 returns scores in another layout than 0.33, w
 
 def vendor_refusals() -> list[str]:
     """Why FlashMLA or DeepGEMM cannot be used here; empty if both can."""
+    if find_spec("vllm") is None:
+        return ["FlashMLA comes with vLLM, which is not installed here"]
     from vllm.utils.deep_gemm import is_deep_gemm_supported
     from vllm.v1.attention.ops.flashmla import is_flashmla_sparse_supported
 
