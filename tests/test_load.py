@@ -1,23 +1,32 @@
 """More requests than the KV cache holds, clients that hang up, prefixes that come and go. One server for the module."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import soak
+from leak import LEAK
 from soak import BLOCK_SIZE, BLOCKS, TOP_K, Ask, Sample, is_right, metric, send
 from tiny_checkpoint import build_prompt, write_planted
 
 from vllm_dsa.testing.server import serve
 
-pytestmark = pytest.mark.slow
 STREAMS = 64
+MINUTES = 3
+MAX_SLOPE = 10.0  # MB per 1,000 requests
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("planted")
     write_planted(path, check=False, **soak.CHECKPOINT)
-    with serve(path, *soak.SERVE_ARGS, env=soak.SERVE_ENV) as running:
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint):
+    with serve(checkpoint, *soak.SERVE_ARGS, env=soak.SERVE_ENV) as running:
         yield running
 
 
@@ -74,10 +83,23 @@ def test_prefix_extended_past_topk_then_evicted(server):
 @pytest.mark.serve
 def test_three_minutes_of_soak(server):
     """`make soak` in short. What Python and the allocators still take in so little time hides a smaller slope."""
-    report = soak.soak(server, minutes=3, max_slope=10)
+    report = soak.soak(server, MINUTES, max_slope=MAX_SLOPE)
     print(report)
     assert report["problems"] == []
     assert report["preemptions"] and report["cached_tokens"] and report["hung_up"]
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_a_leak_in_the_server_is_noticed(checkpoint):
+    """The same three minutes of a server that keeps 20 kB of every request."""
+    options = (*soak.SERVE_ARGS, "--middleware=leak.Leak")
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with serve(checkpoint, *options, env=soak.SERVE_ENV | {"PYTHONPATH": os.pathsep.join(paths)}) as running:
+        report = soak.soak(running, MINUTES, max_slope=MAX_SLOPE)
+    print(report)
+    assert [p.split(" by ")[0] for p in report["problems"]] == ["memory grows"]
+    assert report["memory_mb_per_1000"] > 0.8 * LEAK / 1000
 
 
 def test_a_leak_is_told_from_noise():
