@@ -14,7 +14,10 @@ from vllm_dsa.testing.server import serve
 
 STREAMS = 64
 MINUTES = 3
-MAX_SLOPE = 10.0  # MB per 1,000 requests
+# MB of memory per 1,000 requests. An hour's soak allows 1. In three minutes a server that has served little before
+# still takes up to 9 for Python and the allocators, one that has served the other tests here 0.7; where 20 kB of every
+# request are kept it is 29.
+MAX_SLOPE = 15.0
 
 
 @pytest.fixture(scope="module")
