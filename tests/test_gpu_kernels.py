@@ -182,6 +182,21 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
     same(captured, selection(kernels, case, inputs, codes, weights, decodes(step), slice(None)))
 
 
+def test_attention_has_the_same_bits_where_the_chip_converts(monkeypatch):
+    kernels, results = triton_provider(), []
+    inputs, codes, weights = written(MIX[0], "cuda")
+    selected = torch.empty(MIX[0].tokens, MIX[0].top_k, dtype=torch.int32, device="cuda")
+    kernels.select(codes, weights, inputs.index_cache, inputs.rows, selected)
+    for software in (0, 1):
+        monkeypatch.setenv("VLLM_DSA_SOFTWARE_E4M3", str(software))
+        for rows in (inputs.rows, decodes(inputs.rows)):
+            out = torch.empty(len(rows.lengths), MIX[0].heads, MIX[0].rank, dtype=MIX[0].dtype, device="cuda")
+            kernels.attend(inputs.query, inputs.latent_cache, rows, selected, inputs.scale, out)
+            results.append(out)
+    compare.assert_same_bits("attention of prefills", results[0], results[2])
+    compare.assert_same_bits("attention of decodes", results[1], results[3])
+
+
 def test_no_host_synchronisation(kernels):
     case = MIX[0]
     inputs, codes, weights = written(case, "cuda")

@@ -213,6 +213,38 @@ def test_decode_of_every_code(hardware):
 
 
 @triton.jit
+def _decode_words(words, scales, x, HARDWARE: tl.constexpr):
+    w, g, i = tl.arange(0, 64)[None, :], tl.arange(0, 4)[None, :], tl.arange(0, 256)[None, :]
+    codes = triton_e4m3.decode_words(tl.load(words + w), tl.load(scales + g), tl.float16, HARDWARE)
+    tl.store(x + i, codes.to(tl.float32))
+
+
+def wrongly_decoded():
+    """How many words of all codes are, by the smallest and the largest scales that float16 takes among others."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    scales, got = torch.tensor([2.0**-14, 2.0**-3, 1.0, 2.0**7]), torch.empty(256)
+    wrong = 0
+    for order in (codes, codes.flip(0)):
+        _decode_words[(1,)](order.view(torch.int32), scales, got, HARDWARE=False)
+        want = order.view(cache.E4M3).float() * scales.repeat_interleave(64)
+        wrong += int(((got != want) & ((order & 0x7F) != 0x7F)).sum())
+    return wrong
+
+
+def test_decode_of_words():
+    assert wrongly_decoded() == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("tl.join(a, c)", "tl.join(c, a)"), ("(words >> 1)", "(words >> 2)"), ("(words << 8)", "words"), ("256.0", "1.0")],
+)
+def test_a_wrong_decoding_is_seen(old, new, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_e4m3, "decode_words", faulty("triton_e4m3", (old, new), tmp_path).decode_words)
+    assert wrongly_decoded()
+
+
+@triton.jit
 def _encode(x, codes, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     tl.store(codes + i, triton_e4m3.encode(tl.load(x + i), False))
