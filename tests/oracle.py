@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AXK2ForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+import transformers
 
 # By name and not through AutoModel: vLLM maps deepseek_v32 to transformers' V3 config in the process it is loaded in.
-MODELS = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM, "axk2": AXK2ForCausalLM}
+MODELS = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM", "axk2": "AXK2ForCausalLM"}
 
 
 def e4m3(x: torch.Tensor, floor: float, floor_after: bool) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Oracle:
 
     def __init__(self, path: str | Path, kv_cache_dtype: str = "auto") -> None:
         model_type = json.loads((Path(path) / "config.json").read_text())["model_type"]
-        model_class = MODELS[model_type]
+        model_class = getattr(transformers, MODELS[model_type])
         config = model_class.config_class.from_pretrained(path)
         self.model = model_class.from_pretrained(
             path, config=config, dtype=torch.float32, attn_implementation="eager"

@@ -328,6 +328,8 @@ def test_vllm_treats_it_as_deepseek_v32(folders, asked, monkeypatch):
     assert (arch.is_deepseek_mla, arch.head_size) == (False, 576)  # a CPU keeps its paged features
     assert config.cache_config.block_size == 48 and config.scheduler_config.enable_chunked_prefill
     assert config.cache_config.enable_prefix_caching
+    bfloat16 = engine_config(folders["groups"], dtype="bfloat16", kv_cache_dtype="bfloat16")
+    assert bfloat16.cache_config.cache_dtype == "auto"
     platform.treat_as_v32(config)
     assert (arch.is_deepseek_mla, config.model_config.get_num_kv_heads(config.parallel_config)) == (True, 1)
 

@@ -196,9 +196,12 @@ def _fill_routing(hf_config: Any) -> None:
 
 def treat_as_v32(vllm_config: Any) -> None:
     """Give an architecture that vLLM does not know what vLLM gives DeepSeek-V3.2 by its name: MLA's cache dimensions,
-    and, unless the user has set otherwise, CUDA graphs that leave attention of mixed batches out."""
+    "auto" for a bfloat16 cache, and, unless the user has set otherwise, CUDA graphs that leave attention of mixed
+    batches out."""
     arch, config = vllm_config.model_config.model_arch_config, DSAConfig.from_hf(vllm_config.model_config.hf_config)
     arch.is_deepseek_mla, arch.head_size = True, config.latent_dim
+    if vllm_config.cache_config.cache_dtype == "bfloat16":
+        vllm_config.cache_config.cache_dtype = "auto"
     if "DeepseekV32ForCausalLM" in compat.default_breakable_cudagraph_architectures():
         os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
 
