@@ -204,7 +204,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def check(folder: Path, hf_config: Any, drafts: bool) -> None:
+def check(folder: Path, hf_config: Any, drafts: bool = False) -> None:
     """Refuse a local folder whose files do not hold what its config.json asks for, its MTP layer too if ``drafts``.
     Raises CheckpointError."""
     stored, asked = read(folder), wanted(hf_config)
