@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys, one_thread):
     faults = {
         "select": lambda *a: (select(*a), a[-1][-1].copy_(a[-1][-1].roll(1))),
         "attend": lambda *a: (attend(*a), a[-1][-1].zero_())[0],
-        "write_keys": lambda *a: write_keys(*a[:5], a[5] + 1, *a[6:]),
+        "write_keys": lambda *a: write_keys(*a[:5], a[5] - 1, *a[6:]),
     }
     for name, fault in faults.items():
         with monkeypatch.context() as planted:
@@ -104,10 +104,10 @@ CASE = Case(
 
 def test_work_of_each_operation_counted_by_hand():
     assert work.lengths(CASE) == [11, 12, 41]
-    # Three tokens: 18 values of 2 bytes read, a latent row of 24 bytes and an index row of 10 written; of queries, 3 x 4
-    # values read and written, and 5 heads of 6 values read, 6 codes written, a weight read (2) and written (4).
+    # Three tokens: 18 values of 2 bytes read, a latent row of 24 bytes and an index row of 10 written; of queries, 3 x
+    # 4 values read and written, and 5 heads of 6 values read, 6 codes written, a weight read (2) and written (4).
     assert work.write(CASE) == work.Work(3 * (36 + 24 + 10 + 48 + 5 * (12 + 6 + 2 + 4)), 0)
-    # Only the row of 41 keys has more than 16: its 41 keys of 10 bytes, its query (6 codes, a weight) and 3 x 16 positions.
+    # Only the row of 41 keys has more than 16: its keys of 10 bytes, its query (6 codes, a weight); 3 x 16 positions.
     assert work.select(CASE) == work.Work(41 * 10 + 5 * 10 + 3 * 16 * 4, 2 * 5 * 6 * 41)
     keys = 11 + 12 + 16
     assert work.attend(CASE) == work.Work(keys * 24 + 3 * 3 * 20 * 2, 2 * keys * 3 * (12 + 8))

@@ -120,9 +120,11 @@ def _check_provider(name: str, asked: str | None, cases: list[Any]) -> dict[str,
     provider = next(p for p in dispatch.PROVIDERS if p.name == name)
     served, refused = [], {}
     for case in cases:
-        reasons = [r for op in dispatch.OPS for r in dispatch.refusals(provider, op, request_of(case, device), name)]
-        if name == "vendor" and not reasons and case not in PUBLISHED:
-            reasons = ["its libraries read pages as vLLM lays them out, and in the 'published' cases they are"]
+        if name == "vendor" and case not in PUBLISHED:
+            reasons = ["it serves the published sizes: its cases are those called published"]
+        else:
+            request = request_of(case, device)
+            reasons = [reason for op in dispatch.OPS for reason in dispatch.refusals(provider, op, request, name)]
         if not reasons:
             served.append(case)
         for reason in dict.fromkeys(reasons):
