@@ -42,14 +42,14 @@ def _finish(
     tl.store(out + head[:, None] * out_stride_h + dim, result, mask=(head < HEADS)[:, None] & (dim < RANK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_request"])
 def _widen_kernel(
-    latent_cache, block_table, spans, wide, page_stride, row_stride, table_stride,
+    latent_cache, block_table, spans, wide, first_request, page_stride, row_stride, table_stride,
     RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Programs (block of keys, request): cached rows as plain ones, RANK + ROPE wide, to where spans says."""
-    request, key = tl.program_id(1), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    request, key = first_request + tl.program_id(1), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     known = key < tl.load(spans + request * 2 + 1)
     page = tl.load(block_table + request.to(tl.int64) * table_stride + key // BLOCK_SIZE, mask=known, other=0)
     at = latent_cache + page.to(tl.int64) * page_stride + (key % BLOCK_SIZE) * row_stride
@@ -74,9 +74,9 @@ def _widen_kernel(
         tl.store(to + dim, latent.to(wide.dtype.element_ty), in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _scale_queries_kernel(
-    query, scaled, scaled_rope, row_scales, query_stride_t, query_stride_h,
+    query, scaled, scaled_rope, row_scales, first_row, query_stride_t, query_stride_h,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads): queries times a power of two that makes their largest value 1 to 2."""
@@ -84,7 +84,7 @@ def _scale_queries_kernel(
     head = ((tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     dim, dim_p = tl.arange(0, RANK)[None, :], tl.arange(0, ROPE)[None, :]
     in_h = head < HEADS
-    source = query + row * query_stride_t + head * query_stride_h
+    source = query + (first_row + row) * query_stride_t + head * query_stride_h
     q = tl.load(source + dim, mask=in_h, other=0.0).to(tl.float32)
     q_rope = tl.load(source + RANK + dim_p, mask=in_h, other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(tl.abs(q), axis=1), tl.max(tl.abs(q_rope), axis=1))[:, None]
@@ -115,10 +115,10 @@ def _load(at, dim, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(at) if BLOCK == DIMS else tl.load(at, mask=dim < DIMS, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _attend_kernel(
     query, query_rope, row_scales, latents, spans, block_table, requests, lengths, selected,
-    out, lse, part_values, part_sums, scale,
+    out, lse, part_values, part_sums, first_row, scale,
     query_stride_t, query_stride_h, rope_stride_t, rope_stride_h, page_stride, row_stride, table_stride,
     selected_stride, out_stride_t, out_stride_h,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
@@ -128,7 +128,9 @@ def _attend_kernel(
 ):  # fmt: skip
     """Programs (row and block of heads, split); scale is in units of log2. PAGED: latents is the cache, else widened
     rows, row_stride apart. FP8: fp8_ds_mla rows, and queries from _scale_queries_kernel."""
-    row = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    mine = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    row = first_row + mine
+    query_row = mine if FP8 else row
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
     split, splits = tl.program_id(1), tl.num_programs(1)
     in_h, dim, dim_p = (head < HEADS)[:, None], tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_P)[None, :]
@@ -139,12 +141,12 @@ def _attend_kernel(
     table = block_table + request * table_stride
     base = tl.load(spans + request * 2) * row_stride if not PAGED else 0
 
-    at_head = query + row * query_stride_t + head[:, None] * query_stride_h
+    at_head = query + query_row * query_stride_t + head[:, None] * query_stride_h
     q = tl.load(at_head + dim, mask=in_h & (dim < RANK), other=0.0)
-    at_head = query_rope + row * rope_stride_t + head[:, None] * rope_stride_h
+    at_head = query_rope + query_row * rope_stride_t + head[:, None] * rope_stride_h
     q_rope = tl.load(at_head + dim_p, mask=in_h & (dim_p < ROPE), other=0.0)
     if FP8:
-        scale = scale * tl.load(row_scales + row * HEADS + head, mask=head < HEADS, other=1.0)[:, None]
+        scale = scale * tl.load(row_scales + mine * HEADS + head, mask=head < HEADS, other=1.0)[:, None]
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
@@ -188,28 +190,29 @@ def _attend_kernel(
             top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R
         )
     else:
-        place = (row * splits + split) * HEADS + head
+        place = (mine * splits + split) * HEADS + head
         tl.store(part_sums + place * 2, top, mask=head < HEADS)
         tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
         some = in_h & (top > float("-inf"))[:, None] & (dim < RANK)
         tl.store(part_values + place[:, None] * RANK + dim, values, mask=some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _merge_kernel(
-    part_values, part_sums, out, lse, out_stride_t, out_stride_h,
+    part_values, part_sums, out, lse, first_row, out_stride_t, out_stride_h,
     HEADS: tl.constexpr, RANK: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads)."""
-    row = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    mine = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    row = first_row + mine
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_h, dim = head < HEADS, tl.arange(0, BLOCK_R)[None, :]
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     for split in range(0, SPLITS):
-        place = (row * SPLITS + split) * HEADS + head
+        place = (mine * SPLITS + split) * HEADS + head
         part_top = tl.load(part_sums + place * 2, mask=in_h, other=float("-inf"))
         part_total = tl.load(part_sums + place * 2 + 1, mask=in_h, other=0.0)
         some = (part_top > float("-inf"))[:, None] & (dim < RANK)  # of the others no values were stored
@@ -305,9 +308,10 @@ def _widen(
     if part.keys:
         _widen_kernel[(triton.cdiv(part.longest, block), part.requests.stop - part.requests.start)](
             latent_cache,
-            rows.block_table[part.requests],
-            spans[part.requests],
+            rows.block_table,
+            spans,
             wide,
+            part.requests.start,
             *latent_cache.stride()[:2],
             rows.block_table.stride(0),
             RANK=rank,
@@ -337,14 +341,14 @@ def _attend(
     spans: torch.Tensor | None,
 ) -> None:
     """Rows ``mine`` of a step: over the pages ``latents``, or, where spans says which, over widened rows."""
-    query, out, lse, selected = query[mine], out[mine], lse[mine], selected[mine]
-    tokens, heads, rank = out.shape
+    # Tensors are passed whole: where a slice begins would decide how its address is aligned, and that what is compiled.
+    tokens, (_, heads, rank) = mine.stop - mine.start, out.shape
     rope_dim = query.shape[2] - rank
     paged = spans is None
     fp8 = paged and latents.dtype == torch.uint8
     q, q_rope, row_scales = query, query[..., rank:], lse
     if fp8:
-        q, q_rope, row_scales = _scaled_queries(query, heads, rank)
+        q, q_rope, row_scales = _scaled_queries(query, mine, heads, rank)
     part_values = part_sums = lse
     if config.splits > 1:
         part_values = torch.empty(tokens, config.splits, heads, rank, dtype=torch.float32, device=out.device)
@@ -358,13 +362,14 @@ def _attend(
         latents,
         rows.lengths if paged else spans,
         rows.block_table,
-        rows.requests[mine],
-        rows.lengths[mine],
+        rows.requests,
+        rows.lengths,
         selected,
         out,
         lse,
         part_values,
         part_sums,
+        mine.start,
         scale / math.log(2),
         *q.stride()[:2],
         *q_rope.stride()[:2],
@@ -396,6 +401,7 @@ def _attend(
             part_sums,
             out,
             lse,
+            mine.start,
             *out.stride()[:2],
             HEADS=heads,
             RANK=rank,
@@ -407,9 +413,11 @@ def _attend(
         )
 
 
-def _scaled_queries(query: torch.Tensor, heads: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [T, N, R] float16 and [T, N, P] bfloat16 (or both float32), and what to multiply their products by."""
-    tokens, device, full = len(query), query.device, query.dtype == torch.float32
+def _scaled_queries(
+    query: torch.Tensor, mine: slice, heads: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of rows ``mine``, queries float16 and bfloat16 (or both float32), and what to multiply their products by."""
+    tokens, device, full = mine.stop - mine.start, query.device, query.dtype == torch.float32
     scaled = torch.empty(tokens, heads, rank, dtype=query.dtype if full else torch.float16, device=device)
     rope_dtype = query.dtype if full else torch.bfloat16
     scaled_rope = torch.empty(tokens, heads, query.shape[2] - rank, dtype=rope_dtype, device=device)
@@ -420,6 +428,7 @@ def _scaled_queries(query: torch.Tensor, heads: int, rank: int) -> tuple[torch.T
         scaled,
         scaled_rope,
         row_scales,
+        mine.start,
         *query.stride()[:2],
         HEADS=heads,
         RANK=rank,
