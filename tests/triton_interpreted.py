@@ -146,6 +146,12 @@ def test_prefills_in_parts(kernels, monkeypatch):
     check_attend(kernels, BY_NAME["mixed"])
 
 
+def test_decodes_in_groups(kernels, monkeypatch):
+    monkeypatch.setattr(triton_attend, "PART_BYTES", 2 * 4 * 4 * 128 * 2)  # two rows
+    check_attend(Decoding(kernels), BY_NAME["mixed"])
+    check_attend(Decoding(kernels), BY_NAME["top_k 300"])
+
+
 def test_prefills_beside_decodes(kernels):
     check_attend(kernels, Case("mixed step", ((250, 1), (31, 1), (40, 20), (0, 3)), padding_rows=2, decode_rows=1))
 

@@ -26,6 +26,7 @@ from vllm_dsa.metadata import Rows
 
 SCALE_BYTES = tl.constexpr(cache.SCALE_BYTES)
 WIDE_ROWS = 1 << 18  # latent rows widened at a time: 302 MB
+PART_BYTES = 1 << 27  # parts of decodes kept at a time
 
 
 @triton.jit
@@ -278,8 +279,10 @@ def attend(
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
     if rows.decodes:
         config = triton_configs.attend_decodes(out.device, latent_cache.dtype, query.dtype, heads, selected.shape[1])
-        mine = slice(0, rows.decodes)
-        _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
+        each = max(1, PART_BYTES // (4 * config.splits * heads * rank))
+        for first in range(0, rows.decodes, each):
+            mine = slice(first, min(first + each, rows.decodes))
+            _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
     if rows.decodes < tokens:
         config = triton_configs.attend_prefills(out.device, query.dtype, heads)
         parts, spans = _parts(rows)
