@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import unloaded
+from engine import engine, unloaded
+from safetensors.torch import load_file
 from tiny_checkpoint import write_random
 
 from vllm_dsa import cache
@@ -85,6 +86,7 @@ MODELS = {
     "glm-fp8": GLM5,
     "glm-bf16": GLM5 | {"quantization_config": None},
     "glm-shared": GLM5 | SHARED,
+    "no-mtp": V32 | {"num_nextn_predict_layers": 0},
 }
 # Runs the command where nothing but the standard library and this package can be imported, and says what was loaded.
 BARE = f"""
@@ -310,7 +312,7 @@ def test_data_parallel_ranks_have_caches_of_their_own(folders):
     assert dp["layout"] == {"tp": 1, "dp": 8, "pp": 1, "ep": True}
     per_gpu = dp["weights"]["bytes_per_gpu"]
     assert per_gpu["experts"] == tp["weights"]["bytes_per_gpu"]["experts"]
-    for part in ("attention", "derived", "head", "shared experts"):
+    for part in ("attention", "head", "shared experts"):
         assert per_gpu[part] == dp["weights"]["bytes"][part] > tp["weights"]["bytes_per_gpu"][part]
     assert dp["requests"] == (dp["cache"]["blocks"] - 1) // 2560 * 8 > tp["requests"]
 
@@ -438,6 +440,31 @@ def test_an_h200_has_what_the_plan_says(tmp_path, heads, loaded, available, toke
     assert low <= tokens <= high and high - low < 3000
 
 
+def test_an_engine_that_drafts_has_the_planned_blocks_and_weights(tmp_path, monkeypatch):
+    """A running engine of vLLM with the MTP layer: its pages and tokens. Embedding and head are the model's own."""
+    config = write_random(tmp_path, num_hidden_layers=2)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    options = dict(block_size=memory.BLOCK, max_model_len=5000, kv_cache_dtype="fp8_ds_mla")
+    base = [tmp_path, "--gpu", "H200", "--num-gpus", 1, "--max-model-len", 5000, "--kv-cache-memory", f"{GIB}B"]
+    report, without = facts(*base, "--mtp"), facts(*base)
+    with engine(tmp_path, speculative_config={"method": "mtp", "num_speculative_tokens": 1}, **options) as running:
+        cache_config = running.llm.llm_engine.vllm_config.cache_config
+        draft = running.llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
+        assert draft.model.embed_tokens is running.model.model.embed_tokens and draft.lm_head is running.model.lm_head
+        assert report["cache"]["bytes_per_token"]["total"] == 3 * (656 + 132)
+        assert report["cache"]["blocks"] == cache_config.num_gpu_blocks
+        assert report["cache"]["tokens"] == cache_config.kv_cache_size_tokens
+    files = [load_file(file) for file in tmp_path.glob("*.safetensors")]
+    layer = {name: tensor for file in files for name, tensor in file.items() if name.startswith("model.layers.2.")}
+    copies = [layer.pop(f"model.layers.2.{name}.weight").nbytes for name in ("embed_tokens", "shared_head.head")]
+    own = sum(tensor.nbytes for tensor in layer.values())
+    assert report["weights"]["bytes_per_gpu"]["MTP"] == own and report["weights"]["bytes"]["MTP"] == own + sum(copies)
+    assert without["weights"]["bytes_per_gpu"]["MTP"] == 0
+    assert without["cache"]["bytes_per_token"]["total"] == 2 * (656 + 132)
+    more = report["weights"]["bytes_per_gpu"]["derived"] - without["weights"]["bytes_per_gpu"]["derived"]
+    assert more == 4 * 256 * 512 * 4 + (config["index_n_heads"] + 128) * config["hidden_size"] * 4
+
+
 def test_the_printed_gib_bound_the_tokens(folders):
     """vLLM prints two decimals: whatever lies behind them gives tokens within the range that the report states."""
     base = [folders / "v32", "--gpu", "H200", "--num-gpus", 8, "--max-model-len", 65536]
@@ -472,7 +499,7 @@ def test_the_facts_that_need_torch_elsewhere_are_the_same():
         ["v32", "--gpu", "H200", "--num-gpus", "8", "--dp", "8", "--ep", "--gpu-memory-utilization", "0.9"],
         ["v32", "--gpu", "H100", "--num-gpus", "8", "--nodes", "2"],
         ["v32", "--gpu", "H200", "--num-gpus", "8", "--nodes", "2", "--dp", "16", "--ep"],
-        ["glm-shared", "--gpu", "H100", "--num-gpus", "8", "--nodes", "2"],
+        ["glm-shared", "--gpu", "H100", "--num-gpus", "8", "--nodes", "2", "--mtp"],
         ["v32-w4a16", "--gpu", "H100", "--num-gpus", "8", "--concurrency", "1500", "--max-model-len", "256"],
     ],
 )
@@ -491,6 +518,7 @@ def test_vllm_takes_the_lines_to_paste(folders, arguments):
         sizes = args.tensor_parallel_size * args.data_parallel_size * args.pipeline_parallel_size
         assert sizes == 8 * len(lines)
         assert args.kv_cache_dtype == "fp8_ds_mla" and args.headless == (line is not lines[0] and line != lines[0])
+        assert (args.speculative_config or {}).get("method") == ("mtp" if "--mtp" in arguments else None)
     assert ("--max-num-seqs 1500" in lines[0]) == ("1500" in arguments)
 
 
@@ -510,6 +538,7 @@ BAD = {
     "length": (["--gpu", "H100", "--num-gpus", "8", "--max-model-len", "200000"], "has 163840 positions"),
     "share": (["--gpu", "H100", "--num-gpus", "8", "--gpu-memory-utilization", "92"], "must be above 0 and at most 1"),
     "cache": (["--gpu", "H100", "--num-gpus", "8", "--kv-cache-dtype", "int4"], "int4: not one of auto, bfloat16"),
+    "no mtp": (["--gpu", "H100", "--num-gpus", "8", "--mtp"], "--mtp: drafts need one MTP layer, this config has 0"),
     "memory": (["--gpu", "H100", "--num-gpus", "8", "--kv-cache-memory", "lots"], "--kv-cache-memory lots: pass GiB"),
     "blocks": (["--gpu", "H100", "--num-gpus", "32"], "2048, over 32 ranks is no multiple of the 128 .*--ep"),
 }
@@ -518,7 +547,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_usage_names_the_option_and_the_next_step(folders, case):
     arguments, message = BAD[case]
-    done = command(folders / "v32", *arguments)
+    done = command(folders / ("no-mtp" if case == "no mtp" else "v32"), *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert re.match(f"vllm-dsa plan: .*{message}", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 Beside weights and caches a GPU needs what is assumed here: fixed sums, and the temporaries of the largest step.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ class Asked:
     nodes: int
     kind: str  # of the latent cache: "auto", "fp8_ds_mla"
     utilization: float
+    drafts: bool  # is the MTP layer loaded?
     max_model_len: int | None
     step: int | None  # --max-num-batched-tokens, if asked
     cache_memory: int | None  # bytes a GPU, if vLLM has said
@@ -126,8 +128,8 @@ def fitted(asked: Asked) -> Fit:
     budget = int((asked.gpu_bytes - DRIVER_GIB * GIB) * asked.utilization)
     runtime, last = runtime_bytes(asked), asked.config.num_hidden_layers - 1
     stages = []
-    for layers in memory.stages(asked.config, asked.layout.pp):
-        parts = {part: asked.weights.on_gpu(part, asked.layout, layers, last) for part in memory.PARTS if part != "MTP"}
+    for layers in memory.stages(asked.config, asked.layout.pp, asked.drafts):
+        parts = {part: asked.weights.on_gpu(part, asked.layout, layers, last) for part in memory.PARTS}
         latent, index = memory.cache_bytes(asked.config, asked.kind, asked.dtype, layers)
         available = budget - runtime - sum(parts.values()) if asked.cache_memory is None else asked.cache_memory
         stages.append(Stage(layers, parts, latent, index, available))
@@ -237,7 +239,9 @@ def serve_command(model: str, asked: Asked, fit: Fit, concurrency: int) -> list[
         parts += ["--max-num-seqs", str(math.ceil(concurrency / layout.dp))]
     if asked.cache_memory is None and asked.utilization != UTILIZATION:
         parts += ["--gpu-memory-utilization", f"{asked.utilization:g}"]
-    sizes = [len(stage.layers) for stage in fit.stages]
+    if asked.drafts:
+        parts += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1})]
+    sizes = [len(stage) for stage in memory.stages(asked.config, layout.pp)]
     prefix = ""
     if sizes != memory.vllm_stages(asked.config.num_hidden_layers, layout.pp):
         prefix = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))} "

@@ -77,17 +77,17 @@ class Weights:
     def on_gpu(self, part: str, layout: Layout, stage: range, last: int) -> int:
         """Bytes of one part on a GPU of the pipeline stage that has the layers ``stage``, of 0 to ``last``."""
         ranks = {"whole": 1, "tp": layout.tp, "shared": layout.shared_expert_ranks, "experts": layout.tp * layout.dp}
+        kept = ((key, size) for key, size in self.bytes.items() if key[0] == part and key[2] != "dropped")
         total = 0
-        for (name, layer, sharding), size in self.bytes.items():
-            if name != part:
-                continue
+        for (_, layer, sharding), size in kept:
             here = layer in stage if layer >= 0 else (0 if part == "embedding" else last) in stage
             total += math.ceil(size / ranks[sharding]) if here else 0
         return total
 
 
-def stages(config: DSAConfig, pp: int) -> list[range]:
-    """Layers of each pipeline stage: as vLLM divides them, each start moved to the nearest layer with an indexer."""
+def stages(config: DSAConfig, pp: int, drafts: bool = False) -> list[range]:
+    """Layers of each pipeline stage: as vLLM divides them, each start moved to the nearest layer with an indexer. With
+    ``drafts`` the last stage has the MTP layers too."""
     layers = config.num_hidden_layers
     sizes = vllm_stages(layers, pp)
     starts = [sum(sizes[:i]) for i in range(pp)]
@@ -98,7 +98,8 @@ def stages(config: DSAConfig, pp: int) -> list[range]:
             f"--pp {pp} is refused: a pipeline stage must start at a layer with an indexer, and this model has "
             f"{len(full)} of them. Choose fewer stages."
         )
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], layers], strict=True)]
+    end = layers + (config.mtp_layers if drafts else 0)
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)]
 
 
 def vllm_stages(layers: int, pp: int) -> list[int]:
@@ -144,10 +145,12 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
     sizes: dict[tuple[str, int, str], int] = {}
 
     def add(tensor: str, size: int) -> None:
-        part, layer = _part(tensor, config)
+        part, layer = _part(tensor)
         if part == "indexer" and config.shares_index(layer):
             return  # in the files, but not loaded
-        key = (part, layer, _sharding(tensor, part))
+        drafts = layer >= config.num_hidden_layers
+        dropped = drafts and any(copy in tensor for copy in checkpoint.MTP_COPIES)
+        key = ("MTP" if drafts else part, layer, "dropped" if dropped else _sharding(tensor, part))
         sizes[key] = sizes.get(key, 0) + size
 
     if stored:
@@ -165,7 +168,7 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))
     absorbed = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
     fused = (config.index_n_heads + config.index_head_dim) * config.hidden_size
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers + config.mtp_layers):
         sizes["derived", layer, "tp"] = absorbed * models.DTYPE_BYTES[dtype]
         if not config.shares_index(layer):
             sizes["derived", layer, "whole"] = fused * models.DTYPE_BYTES[dtype]
@@ -184,16 +187,14 @@ def four_bit_experts(weights: Weights) -> Weights | None:
     return Weights(sizes, "experts of 4 bits", weights.source, exact=False)
 
 
-def _part(tensor: str, config: DSAConfig) -> tuple[str, int]:
-    """Part of the model that a tensor belongs to, and its layer."""
+def _part(tensor: str) -> tuple[str, int]:
+    """Part of the model, or of an MTP layer, that a tensor belongs to; and its layer, -1 for none."""
     match = _LAYER.match(tensor)
     if not match:
         if tensor.startswith("lm_head."):
             return "head", -1
         return ("embedding", -1) if "embed_tokens" in tensor else ("router, norms", -1)
     layer = int(match[1])
-    if layer >= config.num_hidden_layers:
-        return "MTP", layer
     for mark, part in (
         (".indexer.", "indexer"),
         (".self_attn.", "attention"),
@@ -208,7 +209,8 @@ def _part(tensor: str, config: DSAConfig) -> tuple[str, int]:
 
 
 def _sharding(tensor: str, part: str) -> str:
-    """ "whole" on every rank of a stage, "tp", "shared" or "experts": split over those ranks."""
+    """ "whole" on every rank of a stage, "tp", "shared" or "experts": split over those ranks. (And "dropped": a copy
+    that an MTP layer's files hold, in place of which the model's own is used.)"""
     if part == "experts":
         return "experts"
     if part == "shared experts":

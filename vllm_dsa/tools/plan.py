@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dp", type=int, metavar="N", help="data parallel size; default: 1, or what is left over")
     parser.add_argument("--pp", type=int, metavar="N", help="pipeline parallel size; default: the nodes")
     parser.add_argument("--ep", action="store_true", help="expert parallel: experts go whole to the tp x dp ranks")
+    parser.add_argument("--mtp", action="store_true", help="speculative decoding: with the MTP layer and its cache")
     parser.add_argument(
         "--kv-cache-dtype", metavar="D", help="auto, bfloat16 or fp8_ds_mla (fp8); default: the smaller"
     )
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{option.replace('_', '-')} {value}: it must be at least 1. Correct it, or leave it out."
             )
+    if args.mtp and config.mtp_layers != 1:
+        raise UserError(f"--mtp: drafts need one MTP layer, this config has {config.mtp_layers}. Leave --mtp out.")
     if not 0 < args.gpu_memory_utilization <= 1:
         raise UserError(f"--gpu-memory-utilization {args.gpu_memory_utilization}: it must be above 0 and at most 1.")
     if args.max_model_len and args.max_model_len > config.max_position_embeddings:
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         nodes=args.nodes,
         kind=_cache_kind(args.kv_cache_dtype, config, models.dtype_of(hf_config)),
         utilization=args.gpu_memory_utilization,
+        drafts=args.mtp,
         max_model_len=args.max_model_len,
         step=args.max_num_batched_tokens,
         cache_memory=_cache_memory(args.kv_cache_memory),
@@ -231,8 +235,8 @@ def _report(
     parts = Section("Weights: whole, and on a GPU" + (" of the tightest pipeline stage" if layout.pp > 1 else ""))
     for part in memory.PARTS:
         total = weights.total(part)
-        if total and part == "MTP":
-            parts.add(part, f"{_gib(total)}, loaded with --speculative-config only, not counted here")
+        if total and part == "MTP" and not asked.drafts:
+            parts.add(part, f"{_gib(total):>12}  not loaded without --mtp")
         elif total:
             made = "  made while loading: W_UK, W_UV, the indexer's projections in one" if part == "derived" else ""
             parts.add(part, f"{_gib(total):>12}  {_gib(tightest.weights[part]):>12}{made}")
