@@ -32,13 +32,18 @@ def verify(*options: str, plant: str = "", **env: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | env)
 
 
-def test_every_case_of_the_cpu_provider_is_right():
-    done = verify("--json")
+SOME = ("at top_k float32", "ties few bfloat16", "fp8 v32 bfloat16", "published decode", "published glm")
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_cpu_provider_is_right(names):
+    done = verify("--json", *(part for name in names for part in ("--case", name)))
     report = json.loads(done.stdout)
     assert (done.returncode, report["right"]) == (0, True)
     by_name = {provider["provider"]: provider for provider in report["providers"]}
-    assert [case["faults"] for case in by_name["cpu"]["cases"]] == [{}] * (2 * len(CASES) + len(PUBLISHED))
-    assert by_name["triton"]["refused"].keys() == {"it runs on CUDA GPUs, the layer is on cpu"}
+    count = len(names) or 2 * len(CASES) + len(PUBLISHED)
+    assert [case["faults"] for case in by_name["cpu"]["cases"]] == [{}] * count
+    assert by_name["triton"]["refused"] == {"it runs on CUDA GPUs, the layer is on cpu": count}
     assert "reference" not in by_name
 
 
@@ -64,8 +69,7 @@ def test_a_fault_of_one_case_does_not_hide_the_others(monkeypatch, capsys, one_t
     [
         (("--provider", "vendor", *CASE), {}, "no provider serves any of these cases here"),
         (CASE, {"VLLM_DSA_PROVIDER": "triton"}, "it runs on CUDA GPUs"),
-        (("--provider", "reference"), {}, "what the others are checked against"),
-        (("--provider", "cuda"), {}, "Name one of vendor, triton, cpu"),
+        ((), {"VLLM_DSA_PROVIDER": "reference"}, "what the others are checked against"),
         (("--case", "nothing"), {}, "Name one of: published decode; "),
         (("--text", "x"), {}, "--text is an option of a MODEL"),
         (("/nowhere", *CASE), {}, "--case is an option of the kernels"),
@@ -195,7 +199,6 @@ def test_a_trained_model_shows_which_layout_is_right(tmp_path, one_thread):
     # To its first layer the swapped model is the same one: what the one layout holds here, the other holds there.
     right, wrong = found["right"][1]["layers"][0], found["wrong"][1]["layers"][0]
     assert abs(right["configured"] - wrong["other"]) < 1e-3
-    assert abs(right["other"] - wrong["configured"]) < 1e-3
     worth = found["right"][1]["worth"]
     assert worth["configured"] - worth["other"] > 0.15
 

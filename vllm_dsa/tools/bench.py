@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", metavar="N,N", help="new tokens a request; default: 1,4096, on a CPU 1,64")
     parser.add_argument("--requests", metavar="N", default="1", help="requests of the step; default: 1")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8_ds_mla"), default="fp8_ds_mla")
-    parser.add_argument("--provider", metavar="P", help="vendor, triton or cpu; default: the one that would serve")
+    parser.add_argument("--provider", choices=envs.PROVIDERS, help="default: the first that can serve")
     parser.add_argument(
         "--compare",
         choices=("dense", "stock"),
@@ -247,7 +247,7 @@ def _kernels(case: Any, device: str, asked: str | None) -> tuple[dict[str, str],
     request, functions, providers = request_of(case, device), {}, {}
     refused = []
     for op in dispatch.OPS:
-        for provider in dispatch.PROVIDERS:
+        for provider in (p for p in dispatch.PROVIDERS if forced in (None, p.name)):
             reasons = dispatch.refusals(provider, op, request, forced)
             if not reasons:
                 providers[op] = provider.name

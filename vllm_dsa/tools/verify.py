@@ -19,6 +19,7 @@ EXAMPLE = """examples:
 
 exit status: 0 right, 1 wrong, 2 nothing could be judged"""
 
+PROVIDERS = tuple(name for name in envs.PROVIDERS if name != "reference")  # which is what they are checked against
 # Options that mean something in one mode only.
 MODES = {
     "the kernels (neither MODEL nor --endpoint)": ("case",),
@@ -29,7 +30,7 @@ MODES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="check this model's indexer; needs vLLM")
-    parser.add_argument("--provider", metavar="P", help="vendor, triton or cpu; default: all that can serve here")
+    parser.add_argument("--provider", choices=PROVIDERS, help="default: all that can serve here")
     parser.add_argument("--json", action="store_true", help="print JSON")
     kernels = parser.add_argument_group("of the kernels")
     kernels.add_argument("--case", action="append", metavar="NAME", help="this case only; may be given several times")
@@ -75,11 +76,9 @@ def _check_kernels(args: argparse.Namespace) -> int:
     from vllm_dsa.kernels import dispatch
 
     asked = args.provider or envs.VLLM_DSA_PROVIDER
-    names = [provider.name for provider in dispatch.PROVIDERS if provider.name != "reference"]
-    if asked == "reference":
-        raise UserError(f"provider reference is what the others are checked against. Name one of {', '.join(names)}.")
+    names = [provider.name for provider in dispatch.PROVIDERS if provider.name in PROVIDERS]
     if asked and asked not in names:
-        raise UserError(f"provider {asked!r} is unknown. Name one of {', '.join(names)}.")
+        raise UserError(f"VLLM_DSA_PROVIDER={asked} is what the others are checked against. Unset it.")
     cases = _cases(args.case)
     found = [_check_provider(name, asked, cases) for name in names if asked in (None, name)]
     checked = sum(len(report["cases"]) for report in found)
