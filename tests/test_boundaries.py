@@ -54,7 +54,7 @@ TABLE = (
     Layer(LAYERS, ("torch", *FACTS, *BYTES, *SEAM, CONTRACTS, "vllm_dsa.kernels.dispatch", *LAYERS)),
     Layer(
         ("vllm_dsa.models", "vllm_dsa.models.*"),
-        ("torch", *FACTS, "vllm_dsa.compat", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
+        ("torch", "vllm_dsa", *FACTS, "vllm_dsa.compat", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
     ),
     Layer(
         ("vllm_dsa.testing", "vllm_dsa.testing.*"),

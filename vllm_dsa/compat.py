@@ -58,6 +58,7 @@ NAMES = {
     "get_forward_context": "vllm.forward_context:get_forward_context",
     "get_pp_group": "vllm.distributed:get_pp_group",
     "get_rope": "vllm.model_executor.layers.rotary_embedding:get_rope",
+    "get_world_group": "vllm.distributed:get_world_group",
     "get_tensor_model_parallel_world_size": "vllm.distributed:get_tensor_model_parallel_world_size",
     "init_logger": "vllm.logger:init_logger",
     "is_pp_missing_parameter": "vllm.model_executor.models.utils:is_pp_missing_parameter",

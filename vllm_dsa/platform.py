@@ -67,6 +67,7 @@ def check(vllm_config: Any) -> None:
     _refuse_unproven(vllm_config)
     _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
+    _refuse_parallel(vllm_config.parallel_config, config)
     drafts = _check_speculation(vllm_config, config)
     dtype = str(model_config.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
@@ -137,6 +138,29 @@ def _refuse_unproven(vllm_config: Any) -> None:
         raise ConfigError(
             "--attention-config hisparse_config is refused: HiSparse reads the caches of vLLM's own DSA layers. Remove "
             "it, or set VLLM_DSA_DISABLE=1 to serve with stock vLLM."
+        )
+
+
+def _refuse_parallel(parallel: Any, config: DSAConfig) -> None:
+    """Refuse splits of the model that its layers, or vLLM on a CPU, would compute wrongly or die of."""
+    for name in ("decode", "prefill"):
+        size = getattr(parallel, f"{name}_context_parallel_size")
+        if size > 1:
+            raise ConfigError(
+                f"--{name}-context-parallel-size {size} is refused: DSA layers select from whole sequences, and this "
+                f"one would be spread over ranks. Remove it; --tensor-parallel-size splits heads and weights."
+            )
+    if not compat.current_platform.is_cpu() or all(config.dense_mlp):
+        return
+    if parallel.enable_expert_parallel:
+        raise ConfigError(
+            "--enable-expert-parallel is refused on a CPU: vLLM's expert kernel there reads past the experts of a "
+            "rank. Remove it; --tensor-parallel-size splits experts too."
+        )
+    if parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"--data-parallel-size {parallel.data_parallel_size} is refused on a CPU: vLLM has no exchange of experts' "
+            f"tokens there. Start several servers instead, or use --tensor-parallel-size."
         )
 
 

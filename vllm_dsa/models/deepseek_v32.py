@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_dsa import __version__
 from vllm_dsa.attention import DSAAttention
 from vllm_dsa.checkpoint import CheckpointError, Wanted, inspected, wanted
 from vllm_dsa.compat import (
@@ -31,8 +32,10 @@ from vllm_dsa.compat import (
     maybe_prefix,
     mtp_layer_of_weight,
     repack_experts,
+    vllm_version,
 )
 from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
 # (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
@@ -157,6 +160,15 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         super().__init__()
         config = self._read(vllm_config)
         self.model = self.decoder(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        attention = self.model.layers[self.model.start_layer].self_attn
+        require_agreement(
+            {
+                "vllm-dsa": __version__,
+                "vLLM": vllm_version(),
+                "providers": ", ".join(f"{op}: {name}" for op, name in attention.kernels.providers.items()),
+                "caches": f"{attention.latent_kind}, {attention.dtype}, pages of {vllm_config.cache_config.block_size}",
+            }
+        )
         self.lm_head = (
             ParallelLMHead(
                 self.config.vocab_size,
