@@ -148,15 +148,16 @@ def test_limits_of_known_chips(name, bandwidth, monkeypatch):
     assert found.fp8_flops >= found.flops
 
 
-def test_a_timing_is_the_median():
-    durations = iter([0.05, *[0.01] * 5, 0.05, 0.01, 0.01])
-
-    def run() -> None:
-        clock.time.sleep(next(durations))
-
-    timing = clock.measure(run, "cpu", seconds=0)
-    assert timing.runs == 5
-    assert 0.009 < timing.least <= timing.seconds < 0.03
+def test_a_timing_is_the_median_and_the_range_of_most(monkeypatch):
+    durations = iter([9.0, *[1.0, 2.0, 3.0, 4.0] * 4, 0.5, 8.0, 3.0, 3.0])
+    ends = iter([0.0, *[0.5] * 15, 2.0])
+    monkeypatch.setattr(clock, "measure_cpu", lambda run: next(durations))
+    monkeypatch.setattr(clock.time, "monotonic", lambda: next(ends))
+    runs = []
+    timing = clock.measure(lambda: runs.append(1), "cpu", seconds=1)
+    # Twenty runs in a second, after one that is not timed; of the twenty two are left out at either end.
+    assert (timing.runs, timing.least, timing.seconds, len(runs)) == (20, 0.5, 3.0, 1)
+    assert timing.spread == pytest.approx((4 - 1) / 3)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from vllm_dsa.tools.output import Section, UserError, show
 SPREAD, WORTH, GAP = 0.02, 0.3, 0.05
 ROWS = 64  # measured, spread over the text's second half, past index_topk
 LEAST_TOKENS = 256  # and ROWS past index_topk
+CHARACTERS = 16  # read for each token wanted: few are longer
 # Selections from the projections on may differ where e4m3 rounds to either side; no more than this.
 LEAST_AGREEMENT = 0.95
 # Quiet, in this process, and nothing on standard output, which is the report's.
@@ -109,7 +110,7 @@ def _measured(args: argparse.Namespace, text: str, tokens: int, least: int) -> t
         except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
             raise UserError(f"vLLM did not load {args.checkpoint}: {error}") from error
         try:
-            ids = llm.get_tokenizer().encode(text)[:tokens]
+            ids = llm.get_tokenizer().encode(text[: CHARACTERS * tokens])[:tokens]
             if len(ids) < (wanted := args.tokens or least):
                 raise UserError(f"the text has {len(ids)} tokens, wanted: {wanted}. Give a longer --text.")
             first = max(len(ids) // 2, least - ROWS)
