@@ -40,7 +40,7 @@ def test_every_operation_is_timed_and_compared_with_dense(tmp_path):
     by_op = {r["op"]: r for r in results if (r["context"], r["rows"], r["series"]) == (2100, 3, "cpu")}
     assert by_op["layer"]["ms"] > 0.5 * max(by_op[op]["ms"] for op in ("select", "attend"))
     assert report["limits"]["bandwidth"] > 1e8
-    assert len(done.stdout.splitlines()) == 4 + len(results)
+    assert len(done.stdout.splitlines()) == 5 + len(results)
     assert done.stdout.startswith("CPU, ")
 
 

@@ -315,13 +315,17 @@ def _sections(report: dict[str, Any]) -> list[Section]:
     device = Section(f"{report['device']}, torch {report['torch']}, {report['kv_cache_dtype']} cache")
     rates = f"{limits['bandwidth'] / 1e9:,.0f} GB/s, {limits['flops'] / 1e12:,.2f} TFLOP/s"
     device.add("limit", f"{rates} ({limits['source']})")
-    device.add("spread", "half of the range that the middle 80 % of the runs take")
-    times = Section(
-        f"{'heads':>26} {'context':>9} {'new':>6} {'ms':>11} spread {'GB/s':>9} {'TFLOP/s':>8}  of the limit"
-    )
+    device.add("±", "half of the range that the middle 80 % of the runs take")
+    times = Section("times of one step; what its task needs at least, a second; its share of what the device could do")
+    times.add("", f"{'heads':>5} {'context':>7} {'new':>5} {'ms':>8}  ±    {'GB/s':>5} TFLOP/s   share")
     for r in report["results"]:
-        figures = f"{r['heads']:5} {r['context']:9,} {r['rows']:6,} {r['ms']:11.3f} {r['spread'] / 2:6.0%}"
+        figures = f"{r['heads']:5} {r['context']:7,} {r['rows']:5,} {r['ms']:8.3f} {r['spread'] / 2:4.0%}"
         if "gb_s" in r:
-            figures += f" {r['gb_s']:9.2f} {r['tflop_s']:8.3f} {r['limit_share']:8.1%}"
-        times.add(f"{r['op']:6} {r['series']:12}", figures)
+            figures += f" {_short(r['gb_s'])} {_short(r['tflop_s']):>7} {r['limit_share']:7.1%}"
+        times.add(f"{r['op']} {r['series']}", figures)
     return [device, times]
+
+
+def _short(value: float) -> str:
+    """Three or more digits of a figure, five characters wide."""
+    return f"{value:5,.0f}" if value >= 100 else f"{value:5.2f}" if value >= 1 else f"{value:5.3f}"
