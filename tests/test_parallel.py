@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine import Engine, engine
+from test_glm import write_glm
 from test_model import LIMITS, config_of, prompts, within
 from test_mtp import speculative
 from test_planted import folder, ids, questions, words
@@ -94,6 +95,16 @@ def test_two_ranks_equal_one(tmp_path):
     assert within((one - two).abs(), LIMITS["auto"])
 
 
+@pytest.mark.slow
+def test_two_stages_answer_as_planted(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    asked = questions((300, 900))
+    stages = dict(pipeline_parallel_size=2, distributed_executor_backend="mp", enforce_eager=False)
+    with engine(folder, max_num_batched_tokens=256, **stages) as running:
+        given = running.generate([tokens for tokens, _ in asked], max_tokens=6, stop_token_ids=[1])
+        assert [words(tokens) for tokens in given] == [answer for _, answer in asked]
+
+
 # Agreement before the start.
 
 
@@ -154,6 +165,26 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small")
     write_random(path, num_hidden_layers=2)
     return path
+
+
+def test_stages_that_would_die_on_a_cpu_are_refused(small, monkeypatch):
+    refused = "--pipeline-parallel-size 2 is refused on a CPU as it is.*VLLM_USE_BREAKABLE_CUDAGRAPH=0"
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    engine_config(small, pipeline_parallel_size=2)
+    with pytest.raises(ValueError, match=refused):
+        engine_config(small, pipeline_parallel_size=2, enforce_eager=True)
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+    with pytest.raises(ValueError, match=refused):
+        engine_config(small, pipeline_parallel_size=2)
+
+
+def test_a_stage_that_starts_at_a_layer_without_indexer_is_refused(tmp_path, monkeypatch):
+    write_glm(tmp_path, index_topk_pattern="FSFFSFS")
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    with pytest.raises(ValueError, match="size 2 is refused: stage 1 would start at layer 4, which shares"):
+        engine_config(tmp_path, pipeline_parallel_size=2)
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,4")
+    engine_config(tmp_path, pipeline_parallel_size=2)
 
 
 @pytest.mark.parametrize(

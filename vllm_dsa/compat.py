@@ -56,6 +56,7 @@ NAMES = {
     "environment_variables": "vllm.envs:environment_variables",
     "get_current_vllm_config": "vllm.config:get_current_vllm_config",
     "get_forward_context": "vllm.forward_context:get_forward_context",
+    "get_pp_indices": "vllm.distributed.utils:get_pp_indices",
     "get_pp_group": "vllm.distributed:get_pp_group",
     "get_rope": "vllm.model_executor.layers.rotary_embedding:get_rope",
     "get_world_group": "vllm.distributed:get_world_group",

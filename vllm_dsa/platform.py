@@ -67,8 +67,8 @@ def check(vllm_config: Any) -> None:
     _refuse_unproven(vllm_config)
     _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
-    _refuse_parallel(vllm_config.parallel_config, config)
     drafts = _check_speculation(vllm_config, config)
+    _refuse_parallel(vllm_config, config)
     dtype = str(model_config.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype} is refused: DSA layers run in bfloat16 or float32. Pass one of them.")
@@ -141,8 +141,9 @@ def _refuse_unproven(vllm_config: Any) -> None:
         )
 
 
-def _refuse_parallel(parallel: Any, config: DSAConfig) -> None:
+def _refuse_parallel(vllm_config: Any, config: DSAConfig) -> None:
     """Refuse splits of the model that its layers, or vLLM on a CPU, would compute wrongly or die of."""
+    parallel, on_cpu = vllm_config.parallel_config, compat.current_platform.is_cpu()
     for name in ("decode", "prefill"):
         size = getattr(parallel, f"{name}_context_parallel_size")
         if size > 1:
@@ -150,7 +151,23 @@ def _refuse_parallel(parallel: Any, config: DSAConfig) -> None:
                 f"--{name}-context-parallel-size {size} is refused: DSA layers select from whole sequences, and this "
                 f"one would be spread over ranks. Remove it; --tensor-parallel-size splits heads and weights."
             )
-    if not compat.current_platform.is_cpu() or all(config.dense_mlp):
+    stages = parallel.pipeline_parallel_size
+    for stage in range(1, stages):
+        start, _ = compat.get_pp_indices(config.num_hidden_layers, stage, stages)
+        if start < config.num_hidden_layers and config.index_shared[start]:
+            raise ConfigError(
+                f"--pipeline-parallel-size {stages} is refused: stage {stage} would start at layer {start}, which "
+                f"shares the selection of a layer on the stage before. Set VLLM_PP_LAYER_PARTITION (layers of each "
+                f"stage, separated by commas) so that every stage starts at a layer with an indexer."
+            )
+    graphs = os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "1") != "0"
+    if stages > 1 and on_cpu and (graphs or vllm_config.model_config.enforce_eager):
+        raise ConfigError(
+            f"--pipeline-parallel-size {stages} is refused on a CPU as it is: vLLM's runner there would have no buffer "
+            f"for what a stage hands on. Set VLLM_USE_BREAKABLE_CUDAGRAPH=0 and leave --enforce-eager out, or use "
+            f"--tensor-parallel-size."
+        )
+    if not on_cpu or all(config.dense_mlp):
         return
     if parallel.enable_expert_parallel:
         raise ConfigError(

@@ -34,7 +34,7 @@ from vllm_dsa.compat import (
     repack_experts,
     vllm_version,
 )
-from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.config import DSAConfig
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.quant import DequantisedFp8Config, dequantised
 
@@ -116,11 +116,6 @@ class DeepseekV32Model(nn.Module):
             lambda prefix: self.layer(vllm_config, config, selection, prefix),
             prefix=f"{prefix}.layers",
         )
-        if config.index_shared[self.start_layer]:
-            raise ConfigError(
-                f"pipeline stage starts at layer {self.start_layer}, which shares the selection of a layer on the "
-                f"stage before. Set VLLM_PP_LAYER_PARTITION so that each stage starts at a layer with an indexer."
-            )
         self.norm = (
             RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps) if get_pp_group().is_last_rank else PPMissingLayer()
         )
