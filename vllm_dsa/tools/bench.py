@@ -316,7 +316,7 @@ def _sections(report: dict[str, Any]) -> list[Section]:
     rates = f"{limits['bandwidth'] / 1e9:,.0f} GB/s, {limits['flops'] / 1e12:,.2f} TFLOP/s"
     device.add("limit", f"{rates} ({limits['source']})")
     device.add("±", "half of the range that the middle 80 % of the runs take")
-    times = Section("times of one step; what its task needs at least, a second; its share of what the device could do")
+    times = Section("one step; share: the least time that the device could take, of the time taken")
     times.add("", f"{'heads':>5} {'context':>7} {'new':>5} {'ms':>8}  ±    {'GB/s':>5} TFLOP/s   share")
     for r in report["results"]:
         figures = f"{r['heads']:5} {r['context']:7,} {r['rows']:5,} {r['ms']:8.3f} {r['spread'] / 2:4.0%}"
