@@ -152,6 +152,19 @@ def test_decodes_in_groups(kernels, monkeypatch):
     check_attend(Decoding(kernels), BY_NAME["top_k 300"])
 
 
+def test_bits_do_not_depend_on_how_many_splits_a_program_does(kernels, monkeypatch):
+    case = BY_NAME["top_k 300"]
+    inputs, selected = selection(kernels, case)
+    results = []
+    for each in (1, 2):
+        monkeypatch.setattr(triton_configs, "splits_each", lambda *_, each=each: each)
+        out = torch.empty(case.tokens, case.heads, case.rank, dtype=case.dtype)
+        arguments = inputs.query, inputs.latent_cache, inputs.rows, selected, inputs.scale
+        results.append((out, Decoding(kernels).attend(*arguments, out)))
+    for name, a, b in zip(("attention", "log-sum-exp"), *results, strict=True):
+        compare.assert_same_bits(name, a, b)
+
+
 def test_prefills_beside_decodes(kernels):
     check_attend(kernels, Case("mixed step", ((250, 1), (31, 1), (40, 20), (0, 3)), padding_rows=2, decode_rows=1))
 
@@ -343,8 +356,8 @@ FAULTS = {
         "tl.where(position < length, tl.maximum(found, LEAST), 1e30)",
     ),
     "a line of four forgotten": (
-        *(SELECT, "select", "top_k 300", "position + 2 * LINE, length, 1) >= least"),
-        "position + LINE, length, 1) >= least",
+        *(SELECT, "select", "top_k 300", "position + 2 * LINE, length, UNIT) >= least"),
+        "position + LINE, length, UNIT) >= least",
     ),
     "lower third dropped": (
         SELECT,
@@ -370,13 +383,19 @@ FAULTS = {
     "rotated key left out": (ATTEND, "attend", "mixed", "tl.dot(q_rope,", "tl.dot(q_rope * 0,"),
     "query scaled once": (ATTEND, "decode", "fp8", "scale = scale * tl", "scale = scale + 0 * tl"),
     "sums not rescaled": (ATTEND, "attend", "top_k 300", "kept = values * keep[:, None]", "kept = values"),
-    "parts merged unweighted": (ATTEND, "decode", "top_k 300", "part * add[:, None]", "part"),
-    "part left out": (ATTEND, "decode", "top_k 300", "range(0, SPLITS)", "range(1, SPLITS)"),
+    "parts merged unweighted": (ATTEND, "decode", "top_k 300", "tl.exp2(part_top - at_least)", "1.0"),
+    "part left out": (
+        ATTEND,
+        "decode",
+        "top_k 300",
+        "for split in tl.static_range(SPLITS)",
+        "for split in tl.static_range(SPLITS - 1)",
+    ),
     "log-sum-exp in base 2": (ATTEND, "attend", "mixed", "* 0.6931471805599453", ""),
     "page stride": (ATTEND, "decode", "mixed", "* page_stride", "* (BLOCK_SIZE * row_stride)"),
     "page stride, widened": (ATTEND, "attend", "mixed", "* page_stride", "* (BLOCK_SIZE * row_stride)"),
     "page of one tile before": (ATTEND, "decode", "top_k 300", "at = after", "at = at"),
-    "another request's latents": (ATTEND, "attend", "mixed", "spans + request * 2) * row", "spans) * row"),
+    "another request's latents": (ATTEND, "attend", "mixed", "spans + request * 2) * (RANK", "spans) * (RANK"),
     "another request's pages, attending": (
         ATTEND,
         "decode",

@@ -31,9 +31,10 @@ from vllm_dsa.compat import (
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.indexer import Indexer
 from vllm_dsa.kernels import Norms, Rope, dispatch
-from vllm_dsa.metadata import between, dense_parts, without
+from vllm_dsa.metadata import Rows, between, dense_parts, without
 
 logger = init_logger("vllm.vllm_dsa.attention")
+WARM_ROWS = 320  # enough for the kernels of many rows
 
 
 class DSAAttention(nn.Module, AttentionLayerBase):
@@ -106,6 +107,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
         self.layer_name = f"{prefix}.attn"
         self.kv_cache = torch.empty(0)
+        self.warm = False
+        self.vllm_config = vllm_config
         register_layer(self.layer_name, self)
 
     def _request(self, vllm_config: Any) -> dispatch.Request:
@@ -167,6 +170,37 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         torch.empty(self.kernels.workspace(tokens), dtype=torch.uint8, device=values.device)
         del held
 
+    def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
+        """Run _step on made-up caches, so that every kernel is compiled before the first request: a prefill that
+        selects, one that does not, and a decode."""
+        top_k, device = self.config.index_topk, positions.device
+        block_size = self.vllm_config.cache_config.block_size
+        blocks = -(-(top_k + WARM_ROWS) // block_size)
+        owners = [self] if self.indexer is None else [self, self.indexer.cache]
+        caches = [owner.kv_cache for owner in owners]
+        for owner in owners:
+            spec = owner.get_kv_cache_spec(self.vllm_config)
+            owner.kv_cache = torch.zeros(blocks, 1, block_size, spec.head_size, dtype=spec.dtype, device=device)
+        width = max(blocks, -(-self.vllm_config.model_config.max_model_len // block_size))
+        table = torch.zeros(1, width, dtype=torch.int32, device=device)
+        table[0, :blocks] = torch.arange(blocks, dtype=torch.int32, device=device)
+        for first, count, decodes in ((top_k, WARM_ROWS, 0), (0, WARM_ROWS, 0), (top_k, 1, 1)):
+            count = min(count, len(positions))
+            rows = Rows(
+                requests=torch.zeros(count, dtype=torch.int32, device=device),
+                lengths=torch.arange(first + 1, first + count + 1, dtype=torch.int32, device=device),
+                block_table=table,
+                block_size=block_size,
+                starts=(0, count),
+                ends=(first + count,),
+                decodes=decodes,
+            )
+            slots = torch.full((count,), -1, dtype=torch.int64, device=device)
+            _step(self, DSAMetadata(rows, slots, count), torch.zeros_like(positions), *tensors)
+        for owner, bound in zip(owners, caches, strict=True):
+            owner.kv_cache = bound
+        self.warm = True
+
     def follow_weights(self) -> None:
         """Derive anew what derives from weights that have changed: vLLM does not tell where they are written in place
         (`reload_weights` with is_checkpoint_format=False, sparse weight transfer). Called before every step.
@@ -219,8 +253,26 @@ def _write_select_attend(
     metadata: DSAMetadata | None = (get_forward_context().attn_metadata or {}).get(layer.layer_name)
     if metadata is None:  # a profiling or warm-up run
         layer.reserve(values)
+        tensors = (positions, latent, rope_key, index_key, query, index_query, head_weights, values)
+        if values.is_cuda and not layer.warm:
+            layer.warm_up(*tensors)
         values.zero_()
         return
+    _step(layer, metadata, positions, latent, rope_key, index_key, query, index_query, head_weights, values)
+
+
+def _step(
+    layer: DSAAttention,
+    metadata: DSAMetadata,
+    positions: torch.Tensor,
+    latent: torch.Tensor,
+    rope_key: torch.Tensor,
+    index_key: torch.Tensor | None,
+    query: torch.Tensor,
+    index_query: torch.Tensor | None,
+    head_weights: torch.Tensor | None,
+    values: torch.Tensor,
+) -> None:
     n, config, kernels, rows, rope = metadata.num_tokens, layer.config, layer.kernels, metadata.rows, layer.rope
     values[n:].zero_()
     positions, query, selected = positions[:n], query[:n], layer.selection[:n, : config.index_topk]

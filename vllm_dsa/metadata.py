@@ -73,7 +73,8 @@ def dense_parts(rows: Rows, top_k: int, least: int) -> tuple[tuple[int, slice], 
             if first >= rows.decodes and count >= least:
                 found.append((request, slice(first, first + count)))
         rows.step[key] = tuple(found)
-    return rows.step[key]
+    parts: tuple[tuple[int, slice], ...] = rows.step[key]
+    return parts
 
 
 def between(parts: Sequence[slice], count: int) -> tuple[slice, ...]:
@@ -91,7 +92,8 @@ def without(rows: Rows, parts: tuple[tuple[int, slice], ...]) -> Rows:
         for _, part in parts:
             lengths[part] = 0
         rows.step["without"] = replace(rows, lengths=lengths)
-    return rows.step["without"]
+    others: Rows = rows.step["without"]
+    return others
 
 
 def count_decodes(starts: list[int], longest: int) -> int:

@@ -44,10 +44,19 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Rank:
+    """select's top-k. registers: most of a thread; more programs at a time are worth what little is spilled."""
+
+    warps: int
+    registers: int | None
+
+
+@dataclass(frozen=True)
 class Attend:
     """attend. The splits follow from the layer's shape, never from the batch: the results' bits depend on them.
 
     widen: first copy the latents of prefills one behind the other, in the model's dtype.
+    resident: programs that a multiprocessor runs at a time.
     """
 
     block_heads: int
@@ -56,6 +65,7 @@ class Attend:
     stages: int
     splits: int = 1
     widen: bool = False
+    resident: int = 1
 
 
 def arch(device: torch.device) -> int:
@@ -86,8 +96,14 @@ def _hardware(chip: int) -> bool:
 
 
 def write(device: torch.device) -> Write:
-    """Measured: nowhere yet."""
-    return Write(key_warps=4, query_warps=4, index_heads=16, heads=16, hardware_e4m3=_hardware(arch(device)))
+    """Measured: query_warps and heads, H200, 2026-11-22, 64 index heads, 128 heads, 16,384 rows."""
+    return Write(key_warps=4, query_warps=1, index_heads=16, heads=16, hardware_e4m3=_hardware(arch(device)))
+
+
+def rank(rows: int, candidates: int) -> Rank:
+    """Measured: H200, 2026-11-22, top_k 2048 (4,096 candidates), 8 to 4,096 rows of 8,192 to 131,072 keys."""
+    few = rows <= 256  # most of a chip is idle
+    return Rank(16, None) if few or candidates > 4096 else Rank(8, 64)
 
 
 def score(device: torch.device) -> Score:
@@ -97,6 +113,20 @@ def score(device: torch.device) -> Score:
     if chip in (90, 100):
         return Score(128, 32, 64, 8192, warps=4, stages=3, fp8_dot=hardware, hardware_e4m3=hardware)
     return Score(64, 32, 64, 8192, warps=4, stages=2, fp8_dot=False, hardware_e4m3=hardware)
+
+
+def splits_each(device: torch.device, config: Attend, blocks: int) -> int:
+    """How many splits one program does: as many as leave the chip busy. No result depends on it."""
+    busy = 0.9 * config.resident * (1 if device.type == "cpu" else _processors(device.index))
+    each = 1
+    while config.splits % (2 * each) == 0 and blocks * config.splits // (2 * each) >= busy:
+        each *= 2
+    return each
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Attend:
@@ -113,12 +143,14 @@ def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Att
 
 
 def attend_decodes(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
-    """Measured: nowhere yet."""
-    splits = 4 if top_k >= 1024 else 2 if top_k >= 256 else 1
+    """Measured: sm90, fp8_ds_mla, 16 and 128 heads; the others only compiled, without spilled registers."""
+    splits = 8 if top_k >= 1024 else 4 if top_k >= 512 else 2 if top_k >= 256 else 1
     if model == torch.float32:
         return Attend(16, 16, warps=4, stages=1, splits=splits)
-    if arch(device) == 90 and heads > 32:
-        return Attend(64, 64, warps=8, stages=2, splits=splits)
+    if arch(device) == 90:
+        if heads > 32:
+            return Attend(64, 64 if cache == torch.uint8 else 32, warps=8, stages=3, splits=splits)
+        return Attend(16, 32, warps=4, stages=3, splits=splits, resident=2)
     if heads > 16:
         return Attend(32, 32, warps=8, stages=2, splits=splits)
     return Attend(16, 32, warps=4, stages=2, splits=splits)

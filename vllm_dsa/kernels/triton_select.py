@@ -27,7 +27,6 @@ from vllm_dsa.metadata import Rows
 LINE = 32  # scores that a warp reads at a time
 PARTS = 32  # of a row
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
-FEW_ROWS = 256  # so few programs leave most of a chip idle: more warps for each
 PLACES_BYTES = 1 << 27  # top-k's temporaries
 
 
@@ -189,8 +188,7 @@ def _top_k_row(
     highest = _rank(highest)
     bound, _, _ = _narrow(best, _rank(lowest), highest, columns, TOP_K, TOP_K + TOP_K // 16)
 
-    # No two cells count as neighbours: a thread that took four would have to hand three on before it stores.
-    part, cell = tl.arange(0, PARTS), tl.max_contiguous(tl.arange(0, LINE), 1)[None, :]
+    part, cell = tl.arange(0, PARTS), tl.arange(0, LINE)[None, :]
     least = _of_rank(bound)
     span = tl.cdiv(length, PARTS * 4 * LINE) * 4 * LINE
     count = tl.zeros([PARTS], tl.int32)
@@ -198,10 +196,10 @@ def _top_k_row(
     for first in range(0, span, 4 * LINE):
         # Four lines of each part at a time; flags of one byte, so that one scan counts all.
         position = (part * span)[:, None] + first + cell
-        flags = _load(scores, position, length, 1) >= least
-        flags1 = _load(scores, position + LINE, length, 1) >= least
-        flags2 = _load(scores, position + 2 * LINE, length, 1) >= least
-        flags3 = _load(scores, position + 3 * LINE, length, 1) >= least
+        flags = _load(scores, position, length, UNIT) >= least
+        flags1 = _load(scores, position + LINE, length, UNIT) >= least
+        flags2 = _load(scores, position + 2 * LINE, length, UNIT) >= least
+        flags3 = _load(scores, position + 3 * LINE, length, UNIT) >= least
         packed = tl.where(flags, 1, 0) + tl.where(flags1, 1 << 8, 0)
         packed += tl.where(flags2, 1 << 16, 0) + tl.where(flags3, 1 << 24, 0)
         upto, total = tl.cumsum(packed, axis=1), tl.sum(packed, axis=1)
@@ -292,6 +290,7 @@ def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -
     cap = min(size // 2, 4 * LINE * triton.cdiv(scored.shape[1], PARTS * 4 * LINE))
     step = max(1, PLACES_BYTES // (PARTS * cap * 4))
     places = torch.empty(min(len(out), step), PARTS, cap, dtype=torch.int32, device=out.device)
+    config = triton_configs.rank(len(out), size)
     unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
     for first in range(0, len(out), step):
         mine = out[first : first + step]
@@ -308,7 +307,8 @@ def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -
             PARTS=PARTS,
             LINE=LINE,
             UNIT=unit,
-            num_warps=8 if len(mine) > FEW_ROWS else 16,
+            num_warps=config.warps,
+            maxnreg=config.registers,
         )
 
 
