@@ -299,9 +299,7 @@ def _bounds(rows: Rows, *lengths: int) -> list[torch.Tensor]:
 
 def workspace(request: Any, tokens: int) -> int:
     """Bytes that select, attend or attend_dense may take for so many rows; they do not overlap in time."""
-    selecting = (
-        GATHER_ROWS * (request.index_dim + 4) + (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + PLACES_BYTES
-    )
+    selecting = GATHER_ROWS * (request.index_dim + 4) + (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + PLACES_BYTES
     attending = tokens * request.top_k * 4
     if request.latent_kind == cache.FP8_DS_MLA:
         attending += GATHER_ROWS * 576 * 2
