@@ -293,10 +293,10 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
 
 
 # (block_heads, block_keys, warps, stages)
-PREFILLS_FEW = ((16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 4))
+PREFILLS_FEW = ((16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 5))
 PREFILLS_MANY = ((64, 64, 8, 3), (64, 32, 8, 5))
-PAGES_FEW = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 8, 2), (16, 64, 4, 2), (16, 32, 8, 2))
-PAGES_MANY = ((64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 8, 3))
+PAGES_FEW = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 8, 2))
+PAGES_MANY = ((64, 64, 8, 2), (64, 64, 8, 3))
 
 
 def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
@@ -304,7 +304,12 @@ def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
     many = heads > 32
     pages = PAGES_MANY if many else PAGES_FEW
     if step.decode:
-        return [triton_configs.Attend(*sizes, splits=splits) for splits in (2, 4, 8, 16) for sizes in pages]
+        resident = lambda keys: 2 if not many and keys == 32 else 1  # noqa: E731
+        return [
+            triton_configs.Attend(*sizes, splits=splits, resident=resident(sizes[1]))
+            for splits in (2, 4, 8, 16)
+            for sizes in pages
+        ]
     wide = [triton_configs.Attend(*sizes, widen=True) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
     return wide + [triton_configs.Attend(*sizes) for sizes in pages]
 

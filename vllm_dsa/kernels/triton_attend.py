@@ -98,15 +98,25 @@ def _scale_queries_kernel(
 
 
 @triton.jit
-def _addresses(chosen, table, key, last, page_stride, row_stride, base, PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where latent rows of chosen[key] begin, relative to the cache. Past the last key the last one's is given again,
-    so that no load needs a mask: any other row may hold NaN."""
+def _addresses(
+    chosen,
+    table,
+    key,
+    last,
+    page_stride,
+    row_stride,
+    PAGED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Where latent rows of chosen[key] begin, relative to the cache, or to the request's widened rows. Past the last
+    key the last one's is given again, so that no load needs a mask: any other row may hold NaN."""
     position = tl.load(chosen + tl.minimum(key, last - 1))
     if PAGED:
         page = tl.load(table + position // BLOCK_SIZE)
         at = page.to(tl.int64) * page_stride + (position % BLOCK_SIZE) * row_stride
     else:
-        at = base + position * row_stride
+        at = position * WIDTH
     return at
 
 
@@ -116,31 +126,31 @@ def _load(at, dim, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(at) if BLOCK == DIMS else tl.load(at, mask=dim < DIMS, other=0.0)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "splits_each"])
 def _attend_kernel(
     query, query_rope, row_scales, latents, spans, block_table, requests, lengths, selected,
-    out, lse, part_values, part_sums, first_row, scale,
+    out, lse, part_values, part_sums, first_row, splits_each, scale,
     query_stride_t, query_stride_h, rope_stride_t, rope_stride_h, page_stride, row_stride, table_stride,
     selected_stride, out_stride_t, out_stride_h,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
     PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row and block of heads, split); scale is in units of log2. PAGED: latents is the cache, else widened
-    rows, row_stride apart. FP8: fp8_ds_mla rows, and queries from _scale_queries_kernel."""
+    """Programs (row and block of heads, run of splits_each splits); scale is in units of log2. PAGED: latents is the
+    cache, else widened rows. FP8: fp8_ds_mla rows, and queries from _scale_queries_kernel."""
     mine = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     row = first_row + mine
     query_row = mine if FP8 else row
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    split, splits = tl.program_id(1), tl.num_programs(1)
     in_h, dim, dim_p = (head < HEADS)[:, None], tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_P)[None, :]
-    first = split * SPLIT_KEYS
-    last = tl.minimum(tl.minimum(tl.load(lengths + row), TOP_K), first + SPLIT_KEYS)
+    first = tl.program_id(1) * splits_each * SPLIT_KEYS
+    last = tl.minimum(tl.minimum(tl.load(lengths + row), TOP_K), first + splits_each * SPLIT_KEYS)
     chosen = selected + row * selected_stride
     request = tl.load(requests + row).to(tl.int64)
     table = block_table + request * table_stride
-    base = tl.load(spans + request * 2) * row_stride if not PAGED else 0
+    if not PAGED:
+        latents += tl.load(spans + request * 2) * (RANK + ROPE)
 
     at_head = query + query_row * query_stride_t + head[:, None] * query_stride_h
     q = tl.load(at_head + dim, mask=in_h & (dim < RANK), other=0.0)
@@ -155,13 +165,15 @@ def _attend_kernel(
         # Of pages, one tile ahead: the row's loads wait for two others.
         if PAGED:
             key = first + tl.arange(0, BLOCK_K)
-            at = _addresses(chosen, table, key, last, page_stride, row_stride, base, PAGED, BLOCK_SIZE)
+            at = _addresses(chosen, table, key, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE)
         for start in range(first, last, BLOCK_K):
             key = start + tl.arange(0, BLOCK_K)
             if PAGED:
-                after = _addresses(chosen, table, key + BLOCK_K, last, page_stride, row_stride, base, PAGED, BLOCK_SIZE)
+                after = _addresses(
+                    chosen, table, key + BLOCK_K, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE
+                )
             else:
-                at = _addresses(chosen, table, key, last, page_stride, row_stride, base, PAGED, BLOCK_SIZE)
+                at = _addresses(chosen, table, key, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE)
             source = latents + at[:, None]
             if FP8:
                 words = tl.load(source.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, RANK // 4)[None, :])
@@ -185,45 +197,51 @@ def _attend_kernel(
             top = new
             if PAGED:
                 at = after
-
-    if splits == 1:
+            if SPLITS > 1:
+                end = start + BLOCK_K
+                if (end >= last) | (end % SPLIT_KEYS == 0):
+                    place = (mine * SPLITS + start // SPLIT_KEYS) * HEADS + head
+                    tl.store(part_sums + place * 2, top, mask=head < HEADS)
+                    tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
+                    part = (values / total[:, None]).to(part_values.dtype.element_ty)
+                    tl.store(part_values + place[:, None] * RANK + dim, part, mask=in_h & (dim < RANK))
+                    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                    total = tl.zeros([BLOCK_H], tl.float32)
+                    values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    if SPLITS == 1:
         _finish(
             top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R
         )
-    else:
-        place = (mine * splits + split) * HEADS + head
-        tl.store(part_sums + place * 2, top, mask=head < HEADS)
-        tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
-        some = in_h & (top > float("-inf"))[:, None] & (dim < RANK)
-        tl.store(part_values + place[:, None] * RANK + dim, values, mask=some)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _merge_kernel(
-    part_values, part_sums, out, lse, first_row, out_stride_t, out_stride_h,
-    HEADS: tl.constexpr, RANK: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    part_values, part_sums, lengths, out, lse, first_row, out_stride_t, out_stride_h,
+    HEADS: tl.constexpr, RANK: tl.constexpr, TOP_K: tl.constexpr, HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row and block of heads)."""
+    """Programs (row and block of heads): parts, each divided by its sum of weights, in order."""
     mine = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     row = first_row + mine
     head = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_h, dim = head < HEADS, tl.arange(0, BLOCK_R)[None, :]
+    dim = tl.arange(0, BLOCK_R)[None, :]
+    count = tl.minimum(tl.load(lengths + row), TOP_K)
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        place = (mine * SPLITS + split) * HEADS + head
+        there = head < tl.where(split * SPLIT_KEYS < count, HEADS, 0)
+        top = tl.maximum(top, tl.load(part_sums + place * 2, mask=there, other=float("-inf")))
+    at_least = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK_H], tl.float32)
     values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    for split in range(0, SPLITS):
+    for split in tl.static_range(SPLITS):
         place = (mine * SPLITS + split) * HEADS + head
-        part_top = tl.load(part_sums + place * 2, mask=in_h, other=float("-inf"))
-        part_total = tl.load(part_sums + place * 2 + 1, mask=in_h, other=0.0)
-        some = (part_top > float("-inf"))[:, None] & (dim < RANK)  # of the others no values were stored
-        part = tl.load(part_values + place[:, None] * RANK + dim, mask=some, other=0.0)
-        new = tl.maximum(top, part_top)
-        at_least = tl.where(new == float("-inf"), 0.0, new)
-        keep, add = tl.exp2(top - at_least), tl.exp2(part_top - at_least)
-        values = values * keep[:, None] + part * add[:, None]
-        total = total * keep + part_total * add
-        top = new
+        there = head < tl.where(split * SPLIT_KEYS < count, HEADS, 0)
+        part_top = tl.load(part_sums + place * 2, mask=there, other=float("-inf"))
+        weight = tl.load(part_sums + place * 2 + 1, mask=there, other=0.0) * tl.exp2(part_top - at_least)
+        part = tl.load(part_values + place[:, None] * RANK + dim, mask=there[:, None] & (dim < RANK), other=0.0)
+        values += part.to(tl.float32) * weight[:, None]
+        total += weight
     _finish(top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R)
 
 
@@ -279,7 +297,7 @@ def attend(
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
     if rows.decodes:
         config = triton_configs.attend_decodes(out.device, latent_cache.dtype, query.dtype, heads, selected.shape[1])
-        each = max(1, PART_BYTES // (4 * config.splits * heads * rank))
+        each = max(1, PART_BYTES // (out.itemsize * config.splits * heads * rank))
         for first in range(0, rows.decodes, each):
             mine = slice(first, min(first + each, rows.decodes))
             _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
@@ -354,11 +372,14 @@ def _attend(
         q, q_rope, row_scales = _scaled_queries(query, mine, heads, rank)
     part_values = part_sums = lse
     if config.splits > 1:
-        part_values = torch.empty(tokens, config.splits, heads, rank, dtype=torch.float32, device=out.device)
+        kept = torch.float32 if out.dtype == torch.float32 else torch.float16
+        part_values = torch.empty(tokens, config.splits, heads, rank, dtype=kept, device=out.device)
         part_sums = torch.empty(tokens, config.splits, heads, 2, dtype=torch.float32, device=out.device)
     head_blocks = triton.cdiv(heads, config.block_heads)
     block_rank = max(16, triton.next_power_of_2(rank))
-    _attend_kernel[(tokens * head_blocks, config.splits)](
+    each = triton_configs.splits_each(out.device, config, tokens * head_blocks)
+    split_keys = triton.cdiv(selected.shape[1], config.splits * config.block_keys) * config.block_keys
+    _attend_kernel[(tokens * head_blocks, config.splits // each)](
         q,
         q_rope,
         row_scales,
@@ -373,10 +394,11 @@ def _attend(
         part_values,
         part_sums,
         mine.start,
+        each,
         scale / math.log(2),
         *q.stride()[:2],
         *q_rope.stride()[:2],
-        *(latents.stride()[:2] if paged else (0, latents.stride(0))),
+        *(latents.stride()[:2] if paged else (0, 0)),
         rows.block_table.stride(0),
         selected.stride(0),
         *out.stride()[:2],
@@ -393,7 +415,8 @@ def _attend(
         BLOCK_R=block_rank,
         BLOCK_P=max(16, triton.next_power_of_2(rope_dim)),
         BLOCK_K=config.block_keys,
-        SPLIT_KEYS=triton.cdiv(selected.shape[1], config.splits * config.block_keys) * config.block_keys,
+        SPLITS=config.splits,
+        SPLIT_KEYS=split_keys,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -402,16 +425,19 @@ def _attend(
         _merge_kernel[(tokens * triton.cdiv(heads, block_heads),)](
             part_values,
             part_sums,
+            rows.lengths,
             out,
             lse,
             mine.start,
             *out.stride()[:2],
             HEADS=heads,
             RANK=rank,
+            TOP_K=selected.shape[1],
             HEAD_BLOCKS=triton.cdiv(heads, block_heads),
             BLOCK_H=block_heads,
             BLOCK_R=block_rank,
             SPLITS=config.splits,
+            SPLIT_KEYS=split_keys,
             num_warps=4,
         )
 
