@@ -293,10 +293,10 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
 
 
 # (block_heads, block_keys, warps, stages)
-PREFILLS_FEW = ((16, 64, 4, 3), (16, 32, 4, 3), (16, 64, 4, 5))
+PREFILLS_FEW = ((16, 64, 4, 3), (16, 32, 4, 3))
 PREFILLS_MANY = ((64, 64, 8, 3), (64, 32, 8, 5))
-PAGES_FEW = ((16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 4, 2), (16, 64, 8, 2))
-PAGES_MANY = ((64, 64, 8, 2), (64, 64, 8, 3))
+PAGES_FEW = ((16, 32, 4, 3), (16, 64, 4, 2))
+PAGES_MANY = ((64, 64, 8, 3),)
 
 
 def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
@@ -304,19 +304,24 @@ def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
     many = heads > 32
     pages = PAGES_MANY if many else PAGES_FEW
     if step.decode:
-        resident = lambda keys: 2 if not many and keys == 32 else 1  # noqa: E731
         return [
-            triton_configs.Attend(*sizes, splits=splits, resident=resident(sizes[1]))
+            triton_configs.Attend(*sizes, splits=splits, resident=1 if many or sizes[1] > 32 else 2, late_sums=late)
             for splits in (2, 4, 8, 16)
             for sizes in pages
+            for late in (False, True)
         ]
-    wide = [triton_configs.Attend(*sizes, widen=True) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
-    return wide + [triton_configs.Attend(*sizes) for sizes in pages]
+    return [
+        triton_configs.Attend(*sizes, widen=True, late_sums=late)
+        for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)
+        for late in (False, True)
+    ]
 
 
 def describe(config: triton_configs.Attend) -> str:
     sizes = f"{config.block_heads}h {config.block_keys}k {config.warps}w {config.stages}s"
-    return f"{sizes} {config.splits} splits{' widened' if config.widen else ''}"
+    return (
+        f"{sizes} {config.splits} splits{' widened' if config.widen else ''}{' late sums' if config.late_sums else ''}"
+    )
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def _addresses(
 ):
     """Where latent rows of chosen[key] begin, relative to the cache, or to the request's widened rows. Past the last
     key the last one's is given again, so that no load needs a mask: any other row may hold NaN."""
-    position = tl.load(chosen + tl.minimum(key, last - 1))
+    position = tl.maximum(tl.load(chosen + tl.maximum(tl.minimum(key, last - 1), 0)), 0)  # no key: anything readable
     if PAGED:
         page = tl.load(table + position // BLOCK_SIZE)
         at = page.to(tl.int64) * page_stride + (position % BLOCK_SIZE) * row_stride
@@ -135,7 +135,7 @@ def _attend_kernel(
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
     PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, LATE_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads, run of splits_each splits); scale is in units of log2. PAGED: latents is the
     cache, else widened rows. FP8: fp8_ds_mla rows, and queries from _scale_queries_kernel."""
@@ -159,56 +159,57 @@ def _attend_kernel(
     if FP8:
         scale = scale * tl.load(row_scales + mine * HEADS + head, mask=head < HEADS, other=1.0)[:, None]
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_K] if LATE_SUMS else [BLOCK_H], tl.float32)
     values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
-    if first < last:
-        # Of pages, one tile ahead: the row's loads wait for two others.
+    # Of pages, one tile ahead: the row's loads wait for two others.
+    if PAGED:
+        key = first + tl.arange(0, BLOCK_K)
+        at = _addresses(chosen, table, key, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE)
+    for start in range(first, last, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
         if PAGED:
-            key = first + tl.arange(0, BLOCK_K)
+            after = _addresses(
+                chosen, table, key + BLOCK_K, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE
+            )
+        else:
             at = _addresses(chosen, table, key, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE)
-        for start in range(first, last, BLOCK_K):
-            key = start + tl.arange(0, BLOCK_K)
-            if PAGED:
-                after = _addresses(
-                    chosen, table, key + BLOCK_K, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE
-                )
-            else:
-                at = _addresses(chosen, table, key, last, page_stride, row_stride, PAGED, BLOCK_SIZE, RANK + ROPE)
-            source = latents + at[:, None]
-            if FP8:
-                words = tl.load(source.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, RANK // 4)[None, :])
-                scales = (source + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
-                scales = tl.load(scales + tl.arange(0, RANK // 128)[None, :])
-                latent = decode_words(words, scales, q.dtype, HARDWARE)
-                rotated = (source + RANK + RANK // 128 * SCALE_BYTES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
-            else:
-                latent = _load(source + dim, dim, RANK, BLOCK_R)
-                rotated = source + RANK
-            rope_keys = _load(rotated + dim_p, dim_p, ROPE, BLOCK_P)
-            logits = tl.dot(q, tl.trans(latent), input_precision="ieee")
-            logits = tl.dot(q_rope, tl.trans(rope_keys.to(q_rope.dtype)), logits, input_precision="ieee") * scale
-            logits = tl.where((key < last)[None, :], logits, float("-inf"))
-            new = tl.maximum(top, tl.max(logits, axis=1))
-            keep = tl.exp2(top - new)
-            weights = tl.exp2(logits - new[:, None])
-            total = total * keep + tl.sum(weights, axis=1)
-            kept = values * keep[:, None]
-            values = tl.dot(weights.to(latent.dtype), latent, kept, input_precision="ieee")
-            top = new
-            if PAGED:
-                at = after
-            if SPLITS > 1:
-                end = start + BLOCK_K
-                if (end >= last) | (end % SPLIT_KEYS == 0):
-                    place = (mine * SPLITS + start // SPLIT_KEYS) * HEADS + head
-                    tl.store(part_sums + place * 2, top, mask=head < HEADS)
-                    tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
-                    part = (values / total[:, None]).to(part_values.dtype.element_ty)
-                    tl.store(part_values + place[:, None] * RANK + dim, part, mask=in_h & (dim < RANK))
-                    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                    total = tl.zeros([BLOCK_H], tl.float32)
-                    values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+        source = latents + at[:, None]
+        if FP8:
+            words = tl.load(source.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, RANK // 4)[None, :])
+            scales = (source + RANK).to(tl.pointer_type(tl.float32), bitcast=True)
+            scales = tl.load(scales + tl.arange(0, RANK // 128)[None, :])
+            latent = decode_words(words, scales, q.dtype, HARDWARE)
+            rotated = (source + RANK + RANK // 128 * SCALE_BYTES).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        else:
+            latent = _load(source + dim, dim, RANK, BLOCK_R)
+            rotated = source + RANK
+        rope_keys = _load(rotated + dim_p, dim_p, ROPE, BLOCK_P)
+        logits = tl.dot(q, tl.trans(latent), input_precision="ieee")
+        logits = tl.dot(q_rope, tl.trans(rope_keys.to(q_rope.dtype)), logits, input_precision="ieee") * scale
+        logits = tl.where((key < last)[None, :], logits, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, axis=1))
+        keep = tl.exp2(top - new)
+        weights = tl.exp2(logits - new[:, None])
+        total = total * keep[:, None] + weights if LATE_SUMS else total * keep + tl.sum(weights, axis=1)
+        kept = values * keep[:, None]
+        values = tl.dot(weights.to(latent.dtype), latent, kept, input_precision="ieee")
+        top = new
+        if PAGED:
+            at = after
+        if SPLITS > 1:
+            end = start + BLOCK_K
+            if (end >= last) | (end % SPLIT_KEYS == 0):
+                total = tl.sum(total, axis=1) if LATE_SUMS else total
+                place = (mine * SPLITS + start // SPLIT_KEYS) * HEADS + head
+                tl.store(part_sums + place * 2, top, mask=head < HEADS)
+                tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
+                part = (values / total[:, None]).to(part_values.dtype.element_ty)
+                tl.store(part_values + place[:, None] * RANK + dim, part, mask=in_h & (dim < RANK))
+                top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                total = tl.zeros([BLOCK_H, BLOCK_K] if LATE_SUMS else [BLOCK_H], tl.float32)
+                values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     if SPLITS == 1:
+        total = tl.sum(total, axis=1) if LATE_SUMS else total
         _finish(
             top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R
         )
@@ -417,6 +418,7 @@ def _attend(
         BLOCK_K=config.block_keys,
         SPLITS=config.splits,
         SPLIT_KEYS=split_keys,
+        LATE_SUMS=config.late_sums,
         num_warps=config.warps,
         num_stages=config.stages,
     )

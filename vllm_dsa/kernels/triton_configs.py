@@ -57,6 +57,7 @@ class Attend:
 
     widen: first copy the latents of prefills one behind the other, in the model's dtype.
     resident: programs that a multiprocessor runs at a time.
+    late_sums: weights are added up over keys once, at the end, which takes block_heads * block_keys more registers.
     """
 
     block_heads: int
@@ -66,6 +67,7 @@ class Attend:
     splits: int = 1
     widen: bool = False
     resident: int = 1
+    late_sums: bool = False
 
 
 def arch(device: torch.device) -> int:
