@@ -3,10 +3,12 @@ planted, and what it computes is the formula over transformers' decoder layer.""
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
+import soak
 import torch
 from checkpoint_files import read_dequantised, write
 from engine import Engine, engine
@@ -18,6 +20,8 @@ from test_planted import ids
 from test_platform import engine_config
 from tiny_checkpoint import build_prompt, write_planted, write_random
 from vllm import SamplingParams
+
+from vllm_dsa.testing.server import serve
 
 TOP_K, EOS = 32, 1
 FACTS = (400, 900)  # prompt lengths
@@ -134,6 +138,24 @@ def test_prompt_lookup_leaves_the_answers_as_they_are(folders, plain):
         assert answers(running, questions()) == plain
         drafts, _, accepted = counted(running)
         assert drafts and accepted
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+def test_vllm_serve_drafts(folders):
+    """In processes of their own and without --enforce-eager; 8 requests at once."""
+    prompts = [build_prompt(n, n, copies=TOP_K, hops=8, codes=8) for n in range(500, 900, 50)]
+    asked = [soak.Ask(prompt.text, prompt.answer) for prompt in prompts]
+    options = speculative(3)["speculative_config"]
+    args = ("--served-model-name", soak.MODEL, "--dtype", "float32", "--max-model-len", "1200")
+    with serve(folders[3], *args, "--speculative-config", json.dumps(options), env=soak.SERVE_ENV) as server:
+        with ThreadPoolExecutor(len(asked)) as clients:
+            replies = list(clients.map(lambda ask: soak.send(server.port, ask), asked))
+        assert all(soak.is_right(ask, reply.text) for ask, reply in zip(asked, replies, strict=True))
+        drafted, accepted = (
+            soak.metric(server, f"spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+        )
+        assert accepted == drafted > 0
 
 
 # The MTP layer itself, against the formula over transformers' decoder layer.
