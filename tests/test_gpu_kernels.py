@@ -197,6 +197,25 @@ def test_attention_has_the_same_bits_where_the_chip_converts(monkeypatch):
     compare.assert_same_bits("attention of decodes", results[1], results[3])
 
 
+@pytest.mark.parametrize("kind", [decodes, lambda rows: rows], ids=["decodes", "prefills"])
+def test_attend_takes_no_more_than_it_says(kind, kernels, monkeypatch):
+    triton_attend = import_module("vllm_dsa.kernels.triton_attend")
+    for name, value in {"WIDE_ROWS": 1000, "PART_BYTES": 1 << 20, "PLACES_BYTES": 0}.items():
+        monkeypatch.setattr(triton_attend, name, value)
+    monkeypatch.setenv("VLLM_DSA_SCORE_BUDGET_MB", "1")
+    case = replace(WIDE, name="memory", requests=((0, 300),) * 8, heads=64)
+    inputs, codes, weights = written(case, "cuda")
+    rows = kind(inputs.rows)
+    selection(kernels, case, inputs, codes, weights, rows, slice(None))  # compiles
+    selected, out, _ = selection(kernels, case, inputs, codes, weights, rows, slice(None))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lse = kernels.attend(inputs.query, inputs.latent_cache, rows, selected, inputs.scale, out)
+    taken = torch.cuda.max_memory_allocated() - before - lse.nbytes
+    sizes = SimpleNamespace(kv_lora_rank=case.rank, rope_dim=case.rope_dim, dtype=case.dtype)
+    assert taken <= triton_attend.workspace(sizes, case.tokens) + 4096  # of what each allocation is rounded up by
+
+
 def test_no_host_synchronisation(kernels):
     case = MIX[0]
     inputs, codes, weights = written(case, "cuda")

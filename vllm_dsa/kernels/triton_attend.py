@@ -14,14 +14,16 @@ prefills, the products to the model's dtype. Over other caches all is in their o
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_dsa import cache
+from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode, decode_words
+from vllm_dsa.kernels.triton_select import PLACES_BYTES
 from vllm_dsa.metadata import Rows
 
 SCALE_BYTES = tl.constexpr(cache.SCALE_BYTES)
@@ -283,6 +285,14 @@ def _parts(rows: Rows) -> tuple[list[Part], torch.Tensor]:
     on_device = on_host.to(device, non_blocking=True)
     rows.step["widened"] = [part for part in made if part.rows.start < part.rows.stop], on_device
     return rows.step["widened"]
+
+
+def workspace(request: Any, tokens: int) -> int:
+    """Bytes that select or attend may take; neither grows with the rows. A request longer than WIDE_ROWS takes more."""
+    selecting = (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) + PLACES_BYTES
+    widened = WIDE_ROWS * (request.kv_lora_rank + request.rope_dim) * request.dtype.itemsize
+    parts = 9 * PART_BYTES // 4  # and, of fp8_ds_mla, the scaled queries
+    return max(selecting, widened, parts)
 
 
 def attend(
