@@ -321,6 +321,7 @@ def attend(
         for part in parts if config.widen else ():
             wide = _widen(latent_cache, rows, part, spans, query.shape[2], rank, query.dtype)
             _attend(query, wide, rows, part.rows, selected, scale, out, lse, config, spans)
+            del wide  # before the next is made
     return lse
 
 
