@@ -154,5 +154,5 @@ def attend_decodes(device: torch.device, cache: torch.dtype, model: torch.dtype,
             return Attend(64, 64 if cache == torch.uint8 else 32, warps=8, stages=3, splits=splits)
         return Attend(16, 32, warps=4, stages=3, splits=splits, resident=2)
     if heads > 16:
-        return Attend(32, 32, warps=8, stages=2, splits=splits)
+        return Attend(32, 32 if cache == torch.uint8 else 16, warps=8, stages=2, splits=splits)
     return Attend(16, 32, warps=4, stages=2, splits=splits)
