@@ -151,7 +151,7 @@ def _tiles(rows: Rows, first: int, last: int, top_k: int) -> tuple[tuple[slice, 
                 stop = min(stop, room)
                 longest = reach - (room - stop)
             break
-        tiles.append((slice(row - base, stop - base), longest))
+        tiles.append((slice(row - base, stop - base), -(-longest // 64) * 64))  # whole 16 bytes: top-k's wide loads
         row = stop
     return tuple(tiles)
 
@@ -170,7 +170,7 @@ def _select_part(
     for tile, longest in part.tiles:
         starts, mine = part.row_starts[tile], lengths[tile]
         if longest <= out.shape[1]:
-            top_k_rows(scales.view(1, -1), mine, out[tile])  # no score is looked at
+            top_k_rows(scales.new_empty(1, 4), mine, out[tile])  # no score is looked at
             continue
         logits = mqa_logits(codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest)
         top_k_rows(logits, mine, out[tile])
