@@ -305,23 +305,16 @@ def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
     pages = PAGES_MANY if many else PAGES_FEW
     if step.decode:
         return [
-            triton_configs.Attend(*sizes, splits=splits, resident=1 if many or sizes[1] > 32 else 2, late_sums=late)
+            triton_configs.Attend(*sizes, splits=splits, resident=1 if many or sizes[1] > 32 else 2)
             for splits in (2, 4, 8, 16)
             for sizes in pages
-            for late in (False, True)
         ]
-    return [
-        triton_configs.Attend(*sizes, widen=True, late_sums=late)
-        for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)
-        for late in (False, True)
-    ]
+    return [triton_configs.Attend(*sizes, widen=True) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
 
 
 def describe(config: triton_configs.Attend) -> str:
     sizes = f"{config.block_heads}h {config.block_keys}k {config.warps}w {config.stages}s"
-    return (
-        f"{sizes} {config.splits} splits{' widened' if config.widen else ''}{' late sums' if config.late_sums else ''}"
-    )
+    return f"{sizes} {config.splits} splits{' widened' if config.widen else ''}"
 
 
 @contextmanager

@@ -141,14 +141,6 @@ def test_prefills_agree_on_the_pages(name, kernels, configured):
     check_attend(kernels, BY_NAME[name])
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_sums_may_be_late(name, kernels, configured):
-    configured("attend_prefills", late_sums=True)
-    configured("attend_decodes", late_sums=True)
-    check_attend(kernels, BY_NAME[name])
-    check_attend(Decoding(kernels), BY_NAME[name])
-
-
 def test_prefills_in_parts(kernels, monkeypatch):
     monkeypatch.setattr(triton_attend, "WIDE_ROWS", 40)
     check_attend(kernels, BY_NAME["mixed"])

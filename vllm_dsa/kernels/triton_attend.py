@@ -137,7 +137,7 @@ def _attend_kernel(
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, TOP_K: tl.constexpr,
     PAGED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, HARDWARE: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr, LATE_SUMS: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Programs (row and block of heads, run of splits_each splits); scale is in units of log2. PAGED: latents is the
     cache, else widened rows. FP8: fp8_ds_mla rows, and queries from _scale_queries_kernel."""
@@ -161,7 +161,7 @@ def _attend_kernel(
     if FP8:
         scale = scale * tl.load(row_scales + mine * HEADS + head, mask=head < HEADS, other=1.0)[:, None]
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H, BLOCK_K] if LATE_SUMS else [BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
     values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     # Of pages, one tile ahead: the row's loads wait for two others.
     if PAGED:
@@ -192,7 +192,7 @@ def _attend_kernel(
         new = tl.maximum(top, tl.max(logits, axis=1))
         keep = tl.exp2(top - new)
         weights = tl.exp2(logits - new[:, None])
-        total = total * keep[:, None] + weights if LATE_SUMS else total * keep + tl.sum(weights, axis=1)
+        total = total * keep + tl.sum(weights, axis=1)
         kept = values * keep[:, None]
         values = tl.dot(weights.to(latent.dtype), latent, kept, input_precision="ieee")
         top = new
@@ -201,17 +201,15 @@ def _attend_kernel(
         if SPLITS > 1:
             end = start + BLOCK_K
             if (end >= last) | (end % SPLIT_KEYS == 0):
-                total = tl.sum(total, axis=1) if LATE_SUMS else total
                 place = (mine * SPLITS + start // SPLIT_KEYS) * HEADS + head
                 tl.store(part_sums + place * 2, top, mask=head < HEADS)
                 tl.store(part_sums + place * 2 + 1, total, mask=head < HEADS)
                 part = (values / total[:, None]).to(part_values.dtype.element_ty)
                 tl.store(part_values + place[:, None] * RANK + dim, part, mask=in_h & (dim < RANK))
                 top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_H, BLOCK_K] if LATE_SUMS else [BLOCK_H], tl.float32)
+                total = tl.zeros([BLOCK_H], tl.float32)
                 values = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     if SPLITS == 1:
-        total = tl.sum(total, axis=1) if LATE_SUMS else total
         _finish(
             top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R
         )
@@ -429,7 +427,6 @@ def _attend(
         BLOCK_K=config.block_keys,
         SPLITS=config.splits,
         SPLIT_KEYS=split_keys,
-        LATE_SUMS=config.late_sums,
         num_warps=config.warps,
         num_stages=config.stages,
     )

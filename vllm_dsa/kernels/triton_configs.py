@@ -57,7 +57,6 @@ class Attend:
 
     widen: first copy the latents of prefills one behind the other, in the model's dtype.
     resident: programs that a multiprocessor runs at a time.
-    late_sums: weights are added up over keys once, at the end, which takes block_heads * block_keys more registers.
     """
 
     block_heads: int
@@ -67,7 +66,6 @@ class Attend:
     splits: int = 1
     widen: bool = False
     resident: int = 1
-    late_sums: bool = False
 
 
 def arch(device: torch.device) -> int:
@@ -132,7 +130,7 @@ def _processors(index: int | None) -> int:
 
 
 def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Attend:
-    """Measured: sm90, 16, 64 and 128 heads; the others only compiled, without spilled registers."""
+    """Measured: H200, 2026-11-22, 16, 32, 64 and 128 heads; other chips: only compiled, without spilled registers."""
     if model == torch.float32:
         return Attend(16, 16, warps=4, stages=1, widen=True)
     if arch(device) == 90:
@@ -145,12 +143,12 @@ def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Att
 
 
 def attend_decodes(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:
-    """Measured: sm90, fp8_ds_mla, 16 and 128 heads; the others only compiled, without spilled registers."""
+    """Measured: H200, 2026-11-22, 16, 64 and 128 heads; other chips: only compiled, without spilled registers."""
     splits = 8 if top_k >= 1024 else 4 if top_k >= 512 else 2 if top_k >= 256 else 1
     if model == torch.float32:
         return Attend(16, 16, warps=4, stages=1, splits=splits)
     if arch(device) == 90:
-        if heads > 32:
+        if heads > 16:  # 17 to 63: not measured
             return Attend(64, 64 if cache == torch.uint8 else 32, warps=8, stages=3, splits=splits)
         return Attend(16, 32, warps=4, stages=3, splits=splits, resident=2)
     if heads > 16:
