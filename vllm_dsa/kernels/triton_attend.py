@@ -9,8 +9,8 @@ So the bits of a row depend on what it holds and on which of both it is, never o
 
 Decodes over an fp8_ds_mla cache multiply in float16, which holds a code times its power-of-two scale exactly; queries
 are first multiplied by a power of two, head by head, so that they fit. Other scales are rounded to 11 bits, or, in
-prefills, the products to the model's dtype. Over other caches all is in their own dtype. Accumulation is float32. Parts,
-divided by their sums of weights, are kept in float16 until they are merged (in float32 for float32 models).
+prefills, the products to the model's dtype. Over other caches all is in their own dtype. Accumulation is float32.
+Parts, divided by their sums of weights, are kept in float16 until they are merged (in float32 for float32 models).
 """
 
 import math
