@@ -62,7 +62,7 @@ def served(cell):
         EngineArgs(model=checkpoint)
     except RuntimeError as error:
         return ["error", str(error)]
-    ours = {"vllm_dsa" in repr(ModelRegistry.models[name]) for name in architectures}
+    ours = {"vllm_dsa" in repr(ModelRegistry.models.get(name)) for name in architectures}  # stock vLLM lacks some
     return [{(True,): "plugin", (False,): "stock"}.get(tuple(ours), "some"), ""]
 
 if __name__ == "__main__":
