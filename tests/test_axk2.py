@@ -374,6 +374,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.mark.slow  # a server start; test_serve.py has the default one
 @pytest.mark.serve
 def test_served_chat_answers_right(planted_folder):
     """As a user starts it: the chat template is a file of the checkpoint, and nothing names this package."""

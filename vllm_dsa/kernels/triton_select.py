@@ -266,7 +266,7 @@ def _top_k_kernel(
 def select(
     codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
 ) -> None:
-    """Top-k positions of every row; temporaries stay within VLLM_DSA_SCORE_BUDGET_MB."""
+    """Top-k positions of every row; the scores stay within VLLM_DSA_SCORE_BUDGET_MB, top-k takes PLACES_BYTES more."""
     tokens, top_k = out.shape
     if not tokens:
         return
