@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dsa import envs
-from vllm_dsa.tools.output import Section, UserError, show
+from vllm_dsa.tools.output import Section, UserError, numbers, show
 from vllm_dsa.tools.progress import progress
 
 EXAMPLE = """examples:
@@ -55,16 +55,14 @@ def run(args: argparse.Namespace) -> int:
     from vllm_dsa.testing.compare import Mismatch
 
     ops = _ops(args.op)
-    seconds = _numbers("--seconds", args.seconds, float, 0.01, 600)[0]
+    seconds = numbers("--seconds", args.seconds, float, 0.01, 600)[0]
     if args.png and not find_spec("matplotlib"):
         raise UserError(f"--png {args.png}: matplotlib is not installed. pip install matplotlib, or leave --png out.")
     device = "cuda" if torch.cuda.is_available() and args.provider != "cpu" else "cpu"
-    lengths = _numbers(
-        "--lengths", args.lengths or ("4096,16384" if device == "cpu" else "4096,32768"), int, 1, 1 << 20
-    )
-    rows = _numbers("--rows", args.rows or ("1,64" if device == "cpu" else "1,4096"), int, 1, 1 << 16)
-    heads = _numbers("--heads", args.heads, int, 1, 128)
-    requests = _numbers("--requests", args.requests, int, 1, 4096)[0]
+    lengths = numbers("--lengths", args.lengths or ("4096,16384" if device == "cpu" else "4096,32768"), int, 1, 1 << 20)
+    rows = numbers("--rows", args.rows or ("1,64" if device == "cpu" else "1,4096"), int, 1, 1 << 16)
+    heads = numbers("--heads", args.heads, int, 1, 128)
+    requests = numbers("--requests", args.requests, int, 1, 4096)[0]
     _check_comparison(args.compare, ops, device)
     cases = [_case(n, min(r, n), h, requests, args.kv_cache_dtype) for h in heads for r in rows for n in lengths]
     try:
@@ -103,16 +101,6 @@ def _ops(text: str | None) -> list[str]:
     if unknown := [op for op in ops if op not in OPS]:
         raise UserError(f"--op {unknown[0]}: name some of {', '.join(OPS)}.")
     return ops
-
-
-def _numbers(option: str, text: str, kind: type, least: float, most: float) -> list[Any]:
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(least <= value <= most for value in values):
-        raise UserError(f"{option} {text}: give numbers from {least:g} to {most:g} with commas between them.")
-    return sorted(set(values))
 
 
 def _check_comparison(compare: str | None, ops: list[str], device: str) -> None:

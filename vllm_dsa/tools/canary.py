@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dsa.tools.output import Section, UserError, show
+from vllm_dsa.tools.output import Section, UserError, numbers, show
 from vllm_dsa.tools.progress import progress
 
 LENGTHS, DEPTHS, TIMEOUT_S = (3000, 8000, 32000), (0.1, 0.5, 0.9), 300.0
@@ -155,22 +155,12 @@ def run(args: argparse.Namespace) -> int:
     return int(not right)
 
 
-def _numbers(option: str, text: str, kind: type, least: float, most: float) -> list[Any]:
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(least <= value <= most for value in values):
-        raise UserError(f"{option} {text}: give numbers from {least:g} to {most:g} with commas between them.")
-    return sorted(set(values))
-
-
 def _lengths(text: str | None) -> list[int]:
-    return list(LENGTHS) if text is None else _numbers("--lengths", text, int, 200, 10_000_000)
+    return list(LENGTHS) if text is None else numbers("--lengths", text, int, 200, 10_000_000)
 
 
 def _depths(text: str | None) -> list[float]:
-    return list(DEPTHS) if text is None else _numbers("--depths", text, float, 0, 1)
+    return list(DEPTHS) if text is None else numbers("--depths", text, float, 0, 1)
 
 
 def _served(client: Client, name: str | None) -> tuple[str, int | None]:

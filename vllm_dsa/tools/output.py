@@ -1,4 +1,5 @@
-"""What the tools print: sections of marked rows, with rich on a terminal that has it, plain text elsewhere.
+"""What the tools print: sections of marked rows, with rich on a terminal that has it, plain text elsewhere; and what
+they say to a user who asked for what cannot be done.
 
 Standard library only, but for rich, which is used where it is installed and never asked for.
 """
@@ -8,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Mark = Literal["ok", "note", "fault", ""]
 _STYLES = {"ok": "green", "note": "yellow", "fault": "bold red", "": ""}
@@ -16,6 +17,17 @@ _STYLES = {"ok": "green", "note": "yellow", "fault": "bold red", "": ""}
 
 class UserError(Exception):
     """What the user asked for cannot be done; the message names the thing, its value and the next step."""
+
+
+def numbers(option: str, text: str, kind: type, least: float, most: float) -> list[Any]:
+    """An option's numbers with commas between them, each once, ascending; UserError if one is not in its range."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(least <= value <= most for value in values):
+        raise UserError(f"{option} {text}: give numbers from {least:g} to {most:g} with commas between them.")
+    return sorted(set(values))
 
 
 @dataclass(frozen=True)
