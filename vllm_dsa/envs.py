@@ -3,6 +3,7 @@
 VLLM_DSA_DISABLE          0    1: leave vLLM as it is, as if this package were not installed
 VLLM_DSA_REQUIRED         0    1: an error at start where the package would otherwise decline with a warning
 VLLM_DSA_PROVIDER              vendor, triton, cpu or reference: the provider of every kernel; unset: the first that can
+VLLM_DSA_DENSE            0    1: an ablation: attend to every key, leave the indexer out; kernels/dense.py
 VLLM_DSA_SCORE_BUDGET_MB  256  MiB that the scores of one select may take; no result depends on it
 VLLM_DSA_SOFTWARE_E4M3    0    1: Triton kernels convert e4m3 in integer arithmetic, as on GPUs without it; for tests
 """
@@ -48,6 +49,7 @@ TABLE: dict[str, Callable[[], Any]] = {
     "VLLM_DSA_DISABLE": _flag("VLLM_DSA_DISABLE"),
     "VLLM_DSA_REQUIRED": _flag("VLLM_DSA_REQUIRED"),
     "VLLM_DSA_PROVIDER": _choice("VLLM_DSA_PROVIDER", PROVIDERS),
+    "VLLM_DSA_DENSE": _flag("VLLM_DSA_DENSE"),
     "VLLM_DSA_SCORE_BUDGET_MB": _positive("VLLM_DSA_SCORE_BUDGET_MB", 256),
     "VLLM_DSA_SOFTWARE_E4M3": _flag("VLLM_DSA_SOFTWARE_E4M3"),
 }

@@ -49,6 +49,8 @@ PROVIDERS = (
     Provider("cpu", _everywhere("vllm_dsa.kernels.cpu"), limits.cpu),
     Provider("reference", _everywhere("vllm_dsa.kernels.reference"), lambda request: [], only_forced=True),
 )
+# Under VLLM_DSA_DENSE=1, in the place of all others.
+DENSE = Provider("dense", dict.fromkeys(("select", "attend"), "vllm_dsa.kernels.dense"), lambda request: [])
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Kernels:
 
     write_keys: Callable[..., Any]
     write_queries: Callable[..., Any]
-    select: Callable[..., Any]
+    select: Callable[..., Any] | None  # None: attend sees every key, and no index key is needed
     attend: Callable[..., Any]
     attend_dense: Callable[..., None] | None  # None: all rows go through attend
     dense_rows: int  # from so many rows of a request on attend_dense is the faster
@@ -69,6 +71,8 @@ class Kernels:
 
 def refusals(provider: Provider, op: str, request: Request, forced: str | None) -> list[str]:
     """Why ``provider`` does not serve ``op`` here; empty: it can."""
+    if envs.VLLM_DSA_DENSE and op in DENSE.modules:
+        return ["VLLM_DSA_DENSE=1 is set"]
     if forced and forced != provider.name:
         return [f"VLLM_DSA_PROVIDER={forced} is set"]
     if provider.only_forced and not forced:
@@ -104,6 +108,8 @@ def survey(request: Request, providers: tuple[Provider, ...] | None = None) -> C
                 chosen.setdefault(op, provider)
             for reason in reasons:
                 refused.setdefault(f"{provider.name}: {reason}", []).append(op)
+    if envs.VLLM_DSA_DENSE:
+        chosen |= dict.fromkeys(DENSE.modules, DENSE)
     against = [line if len(ops) == len(OPS) else f"{line} ({', '.join(ops)})" for line, ops in refused.items()]
     return Choice({op: chosen[op] for op in OPS if op in chosen}, against)
 
