@@ -1,6 +1,6 @@
 """Stock vLLM against this plugin on one GPU, in one run: A-B-A-B, each turn a process of its own.
 
-    python benchmarks/hopper.py --heads 16 --lens 4096,32768 --batches 1,32 [--turns 2] [--profile]
+    python benchmarks/hopper.py --heads 16 --lens 4096,32768,131072 --decode-lens 32768 --batches 32 --mix --profile
 
 Every turn runs benchmarks/v32_layers.py: a truncated DeepSeek-V3.2 with dummy weights, bf16 linear layers, no MoE. The
 gate runs first: the planted checkpoint at this head count must answer right under the plugin, else nothing is timed.
@@ -67,6 +67,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lens", default="4096,32768")
     parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--decode-lens", help="lengths at which to decode; all by default")
+    parser.add_argument(
+        "--mix", action="store_true", help="also seven prompts of 1,500 tokens and one of 32,768 at once"
+    )
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--kv-cache-dtype", default="fp8_ds_mla")
     parser.add_argument("--profile", action="store_true", help="also print the largest kernels of each")
@@ -83,6 +87,8 @@ def main() -> None:
         "HEADS": str(args.heads),
         "LENS": args.lens,
         "BATCHES": args.batches,
+        "DECODE_LENS": args.decode_lens or args.lens,
+        "MIX": str(int(args.mix)),
         "STEPS": "40",
         "LLM_KW": json.dumps(engine),
     }

@@ -309,12 +309,12 @@ def attend_candidates(step: Step, heads: int) -> list[triton_configs.Attend]:
             for splits in (2, 4, 8, 16)
             for sizes in pages
         ]
-    return [triton_configs.Attend(*sizes, widen=True) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
+    return [triton_configs.Attend(*sizes) for sizes in (PREFILLS_MANY if many else PREFILLS_FEW)]
 
 
 def describe(config: triton_configs.Attend) -> str:
     sizes = f"{config.block_heads}h {config.block_keys}k {config.warps}w {config.stages}s"
-    return f"{sizes} {config.splits} splits{' widened' if config.widen else ''}"
+    return f"{sizes} {config.splits} splits"
 
 
 @contextmanager
@@ -376,6 +376,8 @@ def main() -> None:
     ops = arguments.ops.split(",")
     torch.manual_seed(0)
     vendor = import_module("vllm_dsa.kernels.vendor") if arguments.vendor else None
+    if vendor:  # FlashMLA itself, also where the provider takes Triton's kernels
+        vendor.TRITON_DECODE_HEADS = vendor.TRITON_PREFILL_HEADS = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {arguments.cache}")
     if "write" in ops:
         for tokens, heads in itertools.product((32, 16384), arguments.heads):

@@ -132,15 +132,6 @@ def test_decodes_agree(case, kernels):
     check_attend(Decoding(kernels), case)
 
 
-SHAPES = ("mixed", "at top_k", "no request", "top_k 300", "many heads", "odd sizes", "two groups", "fp8")
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_prefills_agree_on_the_pages(name, kernels, configured):
-    configured("attend_prefills", widen=False)
-    check_attend(kernels, BY_NAME[name])
-
-
 def test_prefills_in_parts(kernels, monkeypatch):
     monkeypatch.setattr(triton_attend, "WIDE_ROWS", 40)
     check_attend(kernels, BY_NAME["mixed"])

@@ -303,25 +303,49 @@ def attend(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Softmax attention of every row over its selected latent rows; returns the log-sum-exp."""
-    tokens, heads, rank = out.shape
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=out.device)
-    if rows.decodes:
-        config = triton_configs.attend_decodes(out.device, latent_cache.dtype, query.dtype, heads, selected.shape[1])
-        each = max(1, PART_BYTES // (out.itemsize * config.splits * heads * rank))
-        for first in range(0, rows.decodes, each):
-            mine = slice(first, min(first + each, rows.decodes))
-            _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
-    if rows.decodes < tokens:
-        config = triton_configs.attend_prefills(out.device, query.dtype, heads)
-        parts, spans = _parts(rows)
-        if not config.widen:
-            mine = slice(rows.decodes, tokens)
-            _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
-        for part in parts if config.widen else ():
-            wide = _widen(latent_cache, rows, part, spans, query.shape[2], rank, query.dtype)
-            _attend(query, wide, rows, part.rows, selected, scale, out, lse, config, spans)
-            del wide  # before the next is made
+    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    attend_decodes(query, latent_cache, rows, selected, scale, out, lse)
+    attend_prefills(query, latent_cache, rows, selected, scale, out, lse)
     return lse
+
+
+def attend_decodes(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    selected: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """attend of the step's decodes; all tensors are the whole step's."""
+    _, heads, rank = out.shape
+    config = triton_configs.attend_decodes(out.device, latent_cache.dtype, query.dtype, heads, selected.shape[1])
+    each = max(1, PART_BYTES // (out.itemsize * config.splits * heads * rank))
+    for first in range(0, rows.decodes, each):
+        mine = slice(first, min(first + each, rows.decodes))
+        _attend(query, latent_cache, rows, mine, selected, scale, out, lse, config, None)
+
+
+def attend_prefills(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    selected: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """attend of the step's prefills; all tensors are the whole step's."""
+    tokens, heads, rank = out.shape
+    if rows.decodes >= tokens:
+        return
+    config = triton_configs.attend_prefills(out.device, query.dtype, heads)
+    parts, spans = _parts(rows)
+    for part in parts:
+        wide = _widen(latent_cache, rows, part, spans, query.shape[2], rank, query.dtype)
+        _attend(query, wide, rows, part.rows, selected, scale, out, lse, config, spans)
+        del wide  # before the next is made
 
 
 def _widen(

@@ -55,7 +55,6 @@ class Rank:
 class Attend:
     """attend. The splits follow from the layer's shape, never from the batch: the results' bits depend on them.
 
-    widen: first copy the latents of prefills one behind the other, in the model's dtype.
     resident: programs that a multiprocessor runs at a time.
     """
 
@@ -64,7 +63,6 @@ class Attend:
     warps: int
     stages: int
     splits: int = 1
-    widen: bool = False
     resident: int = 1
 
 
@@ -132,14 +130,14 @@ def _processors(index: int | None) -> int:
 def attend_prefills(device: torch.device, model: torch.dtype, heads: int) -> Attend:
     """Measured: H200, 2026-11-22, 16, 32, 64 and 128 heads; other chips: only compiled, without spilled registers."""
     if model == torch.float32:
-        return Attend(16, 16, warps=4, stages=1, widen=True)
+        return Attend(16, 16, warps=4, stages=1)
     if arch(device) == 90:
         if heads > 32:
-            return Attend(64, 64, warps=8, stages=3, widen=True)
-        return Attend(16, 64, warps=4, stages=3, widen=True)
+            return Attend(64, 64, warps=8, stages=3)
+        return Attend(16, 64, warps=4, stages=3)
     if heads > 16:
-        return Attend(32, 32, warps=8, stages=3, widen=True)
-    return Attend(16, 32, warps=4, stages=3, widen=True)
+        return Attend(32, 32, warps=8, stages=3)
+    return Attend(16, 32, warps=4, stages=3)
 
 
 def attend_decodes(device: torch.device, cache: torch.dtype, model: torch.dtype, heads: int, top_k: int) -> Attend:

@@ -3,9 +3,9 @@
 select  decodes: DeepGEMM's paged kernel, one row at a time of each request, straight from the pages
         prefills: keys of a few requests gathered into one buffer, DeepGEMM's contiguous kernel, rows in tiles
         both: scores within VLLM_DSA_SCORE_BUDGET_MB, then this package's exact top-k
-attend  fp8_ds_mla decodes: FlashMLA's decode kernel, straight from the pages, heads padded to 64 or 128
-        fp8_ds_mla prefills: latents of a few requests widened to bfloat16 in a workspace, FlashMLA's prefill kernel,
-        which takes 8 to 128 heads as they are
+attend  few heads: the Triton provider's kernels, which are faster there (benchmarks/portable.py --vendor)
+        fp8_ds_mla decodes: FlashMLA's decode kernel, straight from the pages, heads padded to 64 or 128
+        fp8_ds_mla prefills: latents of a few requests widened to bfloat16 in a workspace, FlashMLA's prefill kernel
         bfloat16 cache: the prefill kernel on the pages themselves
         rows that see at most index_topk keys: keys and values up-projected, FlashAttention
 
@@ -20,11 +20,14 @@ import triton
 import triton.language as tl
 
 from vllm_dsa import cache, envs
+from vllm_dsa.kernels import triton_attend
 from vllm_dsa.kernels.triton_select import PLACES_BYTES, top_k_rows
 from vllm_dsa.metadata import Rows
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
+# Up to so many heads Triton's kernels are the faster ones (H200, 2026-11-22).
+TRITON_DECODE_HEADS, TRITON_PREFILL_HEADS = 16, 32
 DENSE_ROWS = 256  # below, up-projecting the keys costs more than attending to all heads' values in the latents
 
 
@@ -49,7 +52,7 @@ def library_refusals() -> list[str]:
 
 def query_heads(request: Any) -> int:
     """Heads to allocate a query buffer with, so that no kernel here has to pad it."""
-    if request.latent_kind != cache.FP8_DS_MLA:
+    if request.latent_kind != cache.FP8_DS_MLA or request.num_heads <= TRITON_DECODE_HEADS:
         return request.num_heads
     return next(n for n in DECODE_HEADS if n >= request.num_heads)
 
@@ -180,38 +183,46 @@ def attend(
     query: torch.Tensor, latent_cache: torch.Tensor, rows: Rows, selected: torch.Tensor, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
     """Softmax attention of every row over its selected latent rows; returns the log-sum-exp."""
-    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=query.device)
-    if latent_cache.dtype == torch.uint8:
-        if rows.decodes:
-            mine = slice(0, rows.decodes)
-            lse[mine] = _attend_decodes(query[mine], latent_cache, rows, selected[mine], scale, out[mine])
-        for part in _parts(rows, selected.shape[1]):
-            lse[part.rows] = _attend_part(
-                query[part.rows], latent_cache, rows, part, selected[part.rows], scale, out[part.rows]
-            )
-        return lse
-    latents, page_rows = _flat_rows(latent_cache)
-    slots = to_slots(selected, rows, page_rows)
-    return _attend_rows(query, latents, slots, rows.lengths, scale, out)
+    tokens, heads = out.shape[:2]
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
+    step = (query, latent_cache, rows, selected, scale, out, lse)
+    if heads <= TRITON_DECODE_HEADS:
+        triton_attend.attend_decodes(*step)
+    elif rows.decodes:
+        _attend_decodes(*step)
+    if heads <= TRITON_PREFILL_HEADS:
+        triton_attend.attend_prefills(*step)
+    elif rows.decodes < tokens:
+        _attend_prefills(*step)
+    return lse
 
 
 def _attend_decodes(
-    query: torch.Tensor, latent_cache: torch.Tensor, rows: Rows, selected: torch.Tensor, scale: float, out: torch.Tensor
-) -> torch.Tensor:
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    selected: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
     from vllm_dsa.compat import flash_mla_decode, flash_mla_schedule
 
-    heads = out.shape[1]
-    padded = query if query.shape[1] in DECODE_HEADS else _padded(query)
+    mine, heads = slice(0, rows.decodes), out.shape[1]
+    if latent_cache.dtype != torch.uint8:
+        _attend_pages(query, latent_cache, rows, mine, selected, scale, out, lse)
+        return
+    padded = query[mine] if query.shape[1] in DECODE_HEADS else _padded(query[mine])
     if "flash_mla" not in rows.step:
         rows.step["flash_mla"] = flash_mla_schedule()
-    slots = to_slots(selected, rows, rows.block_size)
-    direct = out.unsqueeze(1) if heads == padded.shape[1] else None
-    values, lse = flash_mla_decode(
+    slots = to_slots(selected, rows, mine, rows.block_size)
+    direct = out[mine].unsqueeze(1) if heads == padded.shape[1] else None
+    values, sums = flash_mla_decode(
         padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"], direct
     )
     if direct is None:
-        out.copy_(values[:, 0, :heads])
-    return lse[:, :heads, 0]
+        out[mine].copy_(values[:, 0, :heads])
+    lse[mine] = sums[:, :heads, 0]
 
 
 def _padded(query: torch.Tensor) -> torch.Tensor:
@@ -221,33 +232,61 @@ def _padded(query: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def _attend_part(
+def _attend_prefills(
     query: torch.Tensor,
     latent_cache: torch.Tensor,
     rows: Rows,
-    part: Part,
     selected: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-) -> torch.Tensor:
+    lse: torch.Tensor,
+) -> None:
     from vllm_dsa.compat import gather_latents
 
-    latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
-    requests = part.requests.stop - part.requests.start
-    gather_latents(latent_cache, latents, rows.block_table[part.requests], part.starts[:requests], requests)
-    at = torch.empty_like(selected)
-    grid = (len(selected),)
-    _shift[grid](selected, part.row_starts, at, selected.shape[1], selected.stride(0), BLOCK=1024)
-    return _attend_rows(query, latents, at, rows.lengths[part.rows], scale, out)
+    if latent_cache.dtype != torch.uint8:
+        _attend_pages(query, latent_cache, rows, slice(rows.decodes, len(out)), selected, scale, out, lse)
+        return
+    for part in _parts(rows, selected.shape[1]):
+        latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
+        requests = part.requests.stop - part.requests.start
+        gather_latents(latent_cache, latents, rows.block_table[part.requests], part.starts[:requests], requests)
+        chosen = selected[part.rows]
+        at = torch.empty_like(chosen)
+        _shift[(len(chosen),)](chosen, part.row_starts, at, chosen.shape[1], chosen.stride(0), BLOCK=1024)
+        _attend_rows(query, latents, rows, part.rows, at, scale, out, lse)
+
+
+def _attend_pages(
+    query: torch.Tensor,
+    latent_cache: torch.Tensor,
+    rows: Rows,
+    mine: slice,
+    selected: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    latents, page_rows = _flat_rows(latent_cache)
+    _attend_rows(query, latents, rows, mine, to_slots(selected, rows, mine, page_rows), scale, out, lse)
 
 
 def _attend_rows(
-    query: torch.Tensor, latents: torch.Tensor, at: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor
-) -> torch.Tensor:
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    rows: Rows,
+    mine: slice,
+    at: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Rows ``mine`` over the rows ``at`` of latents [n, 576]."""
     from vllm_dsa.compat import flash_mla_prefill
 
-    valid = lengths.clamp(max=at.shape[1])
-    return flash_mla_prefill(query[:, : out.shape[1]], latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out)
+    valid = rows.lengths[mine].clamp(max=at.shape[1])
+    lse[mine] = flash_mla_prefill(
+        query[mine, : out.shape[1]], latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out[mine]
+    )
 
 
 def attend_dense(
@@ -304,7 +343,7 @@ def workspace(request: Any, tokens: int) -> int:
     if request.latent_kind == cache.FP8_DS_MLA:
         attending += GATHER_ROWS * 576 * 2
     dense = request.top_k * (576 + request.num_heads * 2 * 192) * 2
-    return max(selecting, attending, dense)
+    return max(selecting, attending, dense, triton_attend.workspace(request, tokens))
 
 
 def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -317,35 +356,36 @@ def _flat_rows(latent_cache: torch.Tensor) -> tuple[torch.Tensor, int]:
     return latent_cache.as_strided((count, width), (width, 1)), stride // width
 
 
-def to_slots(selected: torch.Tensor, rows: Rows, page_rows: int) -> torch.Tensor:
-    """Selected positions [T, K] of the first T rows as rows of the flat cache, pages ``page_rows`` apart; -1 stays."""
-    slots = torch.empty(selected.shape, dtype=torch.int32, device=selected.device)
-    table = rows.block_table
-    _slots[(len(selected),)](
-        selected,
-        rows.requests,
+def to_slots(selected: torch.Tensor, rows: Rows, mine: slice, page_rows: int) -> torch.Tensor:
+    """Positions [T, K] selected by rows ``mine`` as rows of the flat cache, pages ``page_rows`` apart; -1 stays."""
+    chosen, table = selected[mine], rows.block_table
+    count, top_k = chosen.shape
+    slots = torch.empty(count, top_k, dtype=torch.int32, device=selected.device)
+    block = 512
+    _slots[(count, triton.cdiv(top_k, block))](
+        chosen,
+        rows.requests[mine],
         table,
         slots,
-        selected.shape[1],
-        selected.stride(0),
+        top_k,
+        chosen.stride(0),
         table.stride(0),
         rows.block_size,
         page_rows,
-        BLOCK=1024,
+        BLOCK=block,
     )
     return slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["requests"])
 def _slots(selected, requests, table, slots, k, stride, table_stride, block_size, page_rows, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     line = table + tl.load(requests + row).to(tl.int64) * table_stride
-    for first in range(0, k, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        position = tl.load(selected + row * stride + column, mask=column < k, other=-1)
-        page = tl.load(line + position // block_size, mask=position >= 0, other=0)
-        slot = tl.where(position >= 0, page * page_rows + position % block_size, -1)
-        tl.store(slots + row * k + column, slot, mask=column < k)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(selected + row * stride + column, mask=column < k, other=-1)
+    page = tl.load(line + position // block_size, mask=position >= 0, other=0)
+    slot = tl.where(position >= 0, page * page_rows + position % block_size, -1)
+    tl.store(slots + row * k + column, slot, mask=column < k)
 
 
 @triton.jit
