@@ -1,9 +1,11 @@
-"""Rows of a step: built on the host, built in fixed buffers as on a GPU, and the slots of positions."""
+"""Rows of a step: built on the host, built in fixed buffers as on a GPU, cut and shared; slots of positions."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vllm_dsa.metadata import DeviceRows, build_rows, count_decodes, tokens_to_slots
+from vllm_dsa.metadata import DeviceRows, Rows, build_rows, count_decodes, cut, shared_chunks, tokens_to_slots
 
 TABLE = torch.tensor([[3, 1, 9], [7, 0, 9], [5, 2, 4]], dtype=torch.int32)
 
@@ -71,6 +73,79 @@ def test_requests_that_pad_a_graph_have_no_rows():
 )
 def test_count_decodes(starts, longest, rows):
     assert count_decodes(starts, longest) == rows
+
+
+# Three decodes, a prompt's chunk, a request without rows, a whole prompt, two rows of padding.
+STARTS, ENDS, PADDED = (0, 1, 2, 3, 43, 43, 63), (9, 30, 2, 140, 5, 20), 65
+
+
+def mixed(decodes: int = 3) -> Rows:
+    table = torch.arange(60, dtype=torch.int32).view(6, 10)
+    return replace(build_rows(int32(*STARTS), int32(*ENDS), table, 16, PADDED), decodes=decodes)
+
+
+def assert_whole(rows: Rows) -> None:
+    """What the host knows of the rows is what the device knows."""
+    assert rows.starts[0] == 0 and len(rows.starts) == len(rows.ends) + 1 == len(rows.block_table) + 1
+    for request, (end, first, last) in enumerate(zip(rows.ends, rows.starts[:-1], rows.starts[1:], strict=True)):
+        assert rows.lengths[first:last].tolist() == list(range(end - (last - first) + 1, end + 1))
+        assert set(rows.requests[first:last].tolist()) <= {request}
+    assert not rows.lengths[rows.starts[-1] :].any()
+    assert len(rows.requests) == len(rows.lengths) >= rows.starts[-1]
+
+
+def test_cut_rows_are_rows():
+    rows = mixed()
+    assert_whole(rows)
+    for first in range(PADDED + 1):
+        for last in range(first, PADDED + 1):
+            some = cut(rows, slice(first, last))
+            assert_whole(some)
+            assert some.lengths.equal(rows.lengths[first:last])
+            for row in range(some.starts[-1]):
+                assert some.block_table[some.requests[row]].equal(rows.block_table[rows.requests[first + row]])
+            assert some.decodes == len(range(first, min(last, 3)))
+
+
+def test_a_request_that_is_cut_ends_with_its_last_row():
+    some = cut(mixed(), slice(2, 20))
+    assert (some.starts, some.ends, some.decodes) == ((0, 1, 18), (2, 117), 1)
+    assert some.requests.tolist() == [0] + 17 * [1]
+    assert cut(mixed(), slice(63, 65)).ends == ()
+
+
+def scores_of(rows: Rows, mine: slice, top_k: int) -> int:
+    lengths = rows.lengths[mine]
+    return int(lengths[lengths > top_k].sum())
+
+
+def test_chunks_are_the_rows_past_the_decodes_in_order():
+    rows = mixed()
+    for ranks in (2, 3, 8, 40):
+        chunks = shared_chunks(rows, 4, ranks, 1)
+        assert len(chunks) == 2 * ranks
+        assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(3, PADDED))
+        assert all(chunk.stop - chunk.start <= chunks[0].stop - chunks[0].start for chunk in chunks)
+
+
+def test_ranks_have_as_much_to_do():
+    """A prompt of which the first half of the rows has a quarter of the scores."""
+    rows = build_rows(int32(0, 4096), int32(4096), TABLE[:1], 16, 4096)
+    for ranks in (2, 4, 8):
+        chunks = shared_chunks(rows, 16, ranks, 1)
+        done = [sum(scores_of(rows, chunks[i], 16) for i in (rank, -1 - rank)) for rank in range(ranks)]
+        assert max(done) < 1.01 * sum(done) / ranks
+
+
+def test_ranks_share_where_it_pays():
+    rows, many = mixed(), slice(3, PADDED)
+    scores = scores_of(rows, many, 4)
+    assert shared_chunks(rows, 4, 2, scores) and not shared_chunks(rows, 4, 2, scores + 1)
+    assert not shared_chunks(rows, 4, 2, 0) and not shared_chunks(rows, 4, 1, 1)
+    for top_k in range(1, 140):  # fewer scores than a gather is worth
+        assert bool(shared_chunks(rows, top_k, 2, 1)) == (scores_of(rows, many, top_k) >= top_k * (PADDED - 3))
+    assert not shared_chunks(mixed(decodes=PADDED), 4, 2, 1)
+    assert not shared_chunks(build_rows(int32(0), int32(), TABLE[:0], 16, 0), 4, 2, 1)
 
 
 def test_tokens_to_slots_follows_the_block_table():

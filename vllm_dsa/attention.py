@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_dsa import cache
+from vllm_dsa import cache, envs
 from vllm_dsa.backend import DSABackend, DSAMetadata
 from vllm_dsa.compat import (
     AttentionLayerBase,
@@ -25,13 +25,14 @@ from vllm_dsa.compat import (
     get_forward_context,
     get_rope,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
     init_logger,
     register_layer,
 )
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.indexer import Indexer
 from vllm_dsa.kernels import Norms, Rope, dispatch
-from vllm_dsa.metadata import Rows, between, dense_parts, without
+from vllm_dsa.metadata import Rows, between, cut, dense_parts, shared_chunks, without
 
 logger = init_logger("vllm.vllm_dsa.attention")
 WARM_ROWS = 320  # enough for the kernels of many rows
@@ -167,7 +168,10 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         tokens, config = len(values), self.config
         width = self.kernels.query_heads * config.latent_dim + self.heads * config.kv_lora_rank
         held = values.new_empty(tokens, width)
-        torch.empty(self.kernels.workspace(tokens), dtype=torch.uint8, device=values.device)
+        ranks = get_tensor_model_parallel_world_size()
+        own = 4 * config.index_topk * -(-tokens // ranks) if ranks > 1 else 0  # of a selection that ranks share
+        taken = max(self.kernels.workspace(tokens) + own, own * (ranks + 1))
+        torch.empty(taken, dtype=torch.uint8, device=values.device)
         del held
 
     def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
@@ -299,7 +303,7 @@ def _step(
         codes, weights = kernels.write_queries(
             rope_query, index_query[:n], head_weights[:n], rope, positions, own_heads
         )
-        kernels.select(codes, weights, index_pages, rows, selected)
+        _select(kernels, codes, weights, index_pages, rows, selected)
     if sparse:
         attended = query.new_empty(n, layer.heads, config.kv_lora_rank)
         kernels.attend(absorbed, latent_pages, without(rows, dense), selected, config.softmax_scale, attended)
@@ -317,6 +321,32 @@ def _step(
             config.softmax_scale,
             values[part],
         )
+
+
+def _select(
+    kernels: dispatch.Kernels,
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_pages: torch.Tensor,
+    rows: Rows,
+    selected: torch.Tensor,
+) -> None:
+    """select. Every rank of a TP group would compute the same; where that is much, each computes its share of the
+    prefill rows, and all gather what was selected."""
+    group = get_tp_group()
+    chunks = shared_chunks(rows, selected.shape[1], group.world_size, envs.VLLM_DSA_SHARD_SCORES)
+    if not chunks:
+        kernels.select(codes, weights, index_pages, rows, selected)
+        return
+    rank, size = group.rank_in_group, chunks[0].stop - chunks[0].start
+    own = selected.new_empty(2, size, selected.shape[1])
+    for part, place in ((chunks[rank], own[0]), (chunks[-1 - rank], own[1]), (slice(0, rows.decodes), selected)):
+        if count := part.stop - part.start:
+            kernels.select(codes[part], weights[part], index_pages, cut(rows, part), place[:count])
+    # As floats: vLLM's gather on a CPU takes nothing else.
+    places = group.all_gather(own.view(torch.float32), dim=0).view(torch.int32).unbind()
+    for part, place in zip(chunks, (*places[::2], *places[::-2]), strict=True):
+        selected[part] = place[: part.stop - part.start]
 
 
 def _follow(module: nn.Module, name: str, derived: torch.Tensor) -> None:

@@ -59,6 +59,7 @@ NAMES = {
     "get_pp_indices": "vllm.distributed.utils:get_pp_indices",
     "get_pp_group": "vllm.distributed:get_pp_group",
     "get_rope": "vllm.model_executor.layers.rotary_embedding:get_rope",
+    "get_tp_group": "vllm.distributed:get_tp_group",
     "get_world_group": "vllm.distributed:get_world_group",
     "get_tensor_model_parallel_world_size": "vllm.distributed:get_tensor_model_parallel_world_size",
     "init_logger": "vllm.logger:init_logger",

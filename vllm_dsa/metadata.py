@@ -96,6 +96,59 @@ def without(rows: Rows, parts: tuple[tuple[int, slice], ...]) -> Rows:
     return others
 
 
+def cut(rows: Rows, mine: slice) -> Rows:
+    """Rows ``mine`` of a step as a step of their own, with the requests that these rows are of.
+
+    A request may be cut: it then ends with the last of its rows that is in. Made once a step.
+    """
+    first, last = mine.start, mine.stop
+    key = ("cut", first, last)
+    if key not in rows.step:
+        owners = [i for i, (start, stop) in enumerate(pairwise(rows.starts)) if max(start, first) < min(stop, last)]
+        low, high = (owners[0], owners[-1] + 1) if owners else (0, 0)
+        rows.step[key] = Rows(
+            requests=rows.requests[mine] - low,
+            lengths=rows.lengths[mine],
+            block_table=rows.block_table[low:high],
+            block_size=rows.block_size,
+            starts=tuple(min(max(start, first), last) - first for start in rows.starts[low : high + 1]),
+            ends=tuple(rows.ends[i] - max(0, rows.starts[i + 1] - last) for i in range(low, high)),
+            decodes=min(max(rows.decodes, first), last) - first,
+        )
+    found: Rows = rows.step[key]
+    return found
+
+
+def count_scores(rows: Rows, top_k: int) -> int:
+    """Scores that select computes for the rows past the decodes: one a key of each row that sees more than top_k."""
+    total = 0
+    for end, (first, last) in zip(rows.ends, pairwise(rows.starts), strict=True):
+        if first >= rows.decodes:
+            count = max(0, min(last - first, end - top_k))
+            total += count * (2 * end - count + 1) // 2
+    return total
+
+
+def shared_chunks(rows: Rows, top_k: int, ranks: int, least: int) -> tuple[slice, ...]:
+    """The rows past the decodes in 2 * ranks chunks, of which rank i selects for the i-th and the i-th from the end:
+    later rows of a prompt see more keys, so that all ranks have about as much to do. The last chunks may be shorter, or
+    empty.
+
+    Empty where the ranks do not share: where select computes fewer than ``least`` scores (0: never share), or fewer
+    than top_k a row, since what is gathered grows with the rows. All ranks decide alike, by what their hosts know.
+    """
+    key = ("shared chunks", top_k, ranks, least)
+    if key not in rows.step:
+        tokens = len(rows.lengths)
+        count, borders = tokens - rows.decodes, list[int]()
+        if ranks > 1 and least and count and count_scores(rows, top_k) >= max(least, count * top_k):
+            size = -(-count // (2 * ranks))
+            borders = [min(rows.decodes + i * size, tokens) for i in range(2 * ranks + 1)]
+        rows.step[key] = tuple(slice(first, last) for first, last in pairwise(borders))
+    chunks: tuple[slice, ...] = rows.step[key]
+    return chunks
+
+
 def count_decodes(starts: list[int], longest: int) -> int:
     """Rows of the leading requests that bring at most ``longest`` rows each; starts as in Rows."""
     for first, last in zip(starts, starts[1:], strict=False):

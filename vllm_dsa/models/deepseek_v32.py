@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_dsa import __version__
+from vllm_dsa import __version__, envs
 from vllm_dsa.attention import DSAAttention
 from vllm_dsa.checkpoint import CheckpointError, Wanted, inspected, wanted
 from vllm_dsa.compat import (
@@ -162,6 +162,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
                 "vLLM": vllm_version(),
                 "providers": ", ".join(f"{op}: {name}" for op, name in attention.kernels.providers.items()),
                 "caches": f"{attention.latent_kind}, {attention.dtype}, pages of {vllm_config.cache_config.block_size}",
+                "VLLM_DSA_SHARD_SCORES": str(envs.VLLM_DSA_SHARD_SCORES),
             }
         )
         self.lm_head = (
