@@ -169,6 +169,7 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
 
     run: Callable[[], Any] = lambda: selection(kernels, case, inputs, codes, weights, rows, slice(None))  # noqa: E731
     run()  # compiles
+    rows.step.clear()  # a captured step makes its schedules itself
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
@@ -178,6 +179,7 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
         for x in captured:
             x.view(torch.uint8).fill_(0xFF)
         graph.replay()
+        rows.step.clear()
         same(captured, run())
     same(captured, selection(kernels, case, inputs, codes, weights, decodes(step), slice(None)))
 
@@ -232,13 +234,47 @@ def test_no_host_synchronisation(kernels):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not find_spec("vllm"), reason="the vendor's kernels come with vLLM")
-@pytest.mark.parametrize("name", ["128 heads", "8 heads", "longest", "longest bf16"])
-def test_vendor(name, monkeypatch):
-    """The vendor provider on the sizes that it takes."""
-    case = next(case for case in LARGE if case.name == name)
+STEP = ((6000, 5), (2047, 2), (40, 1), (0, 300))
+VENDOR = (
+    *(
+        replace(WIDE, name=f"{heads} heads {kind}", requests=STEP, heads=heads, latent_kind=kind, page_padding=padding)
+        for heads in (8, 16, 32, 64, 128)
+        for kind, padding in ((cache.FP8_DS_MLA, 8), ("auto", 0))  # FlashMLA reads bfloat16 pages whole rows apart
+    ),
+    replace(WIDE, name="32 index heads", requests=STEP, heads=64, index_heads=32, index_interleaved=True),
+    replace(WIDE, name="longest 16", requests=((163838, 2), (163838, 1)), heads=16),
+    replace(WIDE, name="longest 128", requests=((163838, 2), (163838, 1)), heads=128),
+    replace(WIDE, name="longest bf16", requests=((163838, 2),), heads=128, latent_kind="auto", page_padding=0),
+)
+
+
+@pytest.fixture
+def vendor(monkeypatch) -> Any:
     monkeypatch.setitem(compare.TOLERANCE, torch.bfloat16, BF16_WEIGHTS)
     monkeypatch.setitem(compare.TOLERANCE, torch.float32, 2e-4)
-    vendor = import_module("vllm_dsa.kernels.vendor")
-    check_select(vendor, case, "cuda", accumulation=torch.float8_e4m3fn)
-    check_attend(vendor, case, "cuda")
+    found = import_module("vllm_dsa.kernels.vendor")
+    assert not found.library_refusals()
+    return found
+
+
+@pytest.mark.skipif(not find_spec("vllm"), reason="the vendor's kernels come with vLLM")
+class TestVendor:
+    @pytest.mark.usefixtures("poisoned_empty")
+    @pytest.mark.parametrize("case", VENDOR, ids=lambda case: case.name)
+    def test_against_the_reference(self, case, vendor):
+        check_select(vendor, case, "cuda", accumulation=torch.float8_e4m3fn)
+        check_attend(vendor, case, "cuda")
+        check_attend(SimpleNamespace(attend=all_decodes(vendor)), case, "cuda")
+
+    # FlashMLA's decode kernel splits the keys by what else is in the batch: its bits are its own batch's.
+    @pytest.mark.parametrize(
+        "case, kind",
+        [(MIX[0], "decodes"), (MIX[0], "prefills"), (MIX[2], "prefills")],
+        ids=lambda value: getattr(value, "name", value),
+    )
+    def test_bits_depend_on_the_row_alone(self, case, kind, vendor):
+        test_bits_depend_on_the_row_alone(case, decodes if kind == "decodes" else lambda rows: rows, vendor)
+
+    @pytest.mark.parametrize("heads", [16, 128])
+    def test_a_captured_step_replays_for_other_lengths(self, heads, vendor):
+        test_a_captured_step_replays_for_other_lengths(heads, vendor)
