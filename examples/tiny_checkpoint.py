@@ -132,7 +132,7 @@ def build_prompt(
     hops: int = 1,
     copies: int = 16,
     codes: int = len(CODES),
-    placement: str = "scattered",
+    placement: str | float = "scattered",
     question: str = " What is {code}?",
 ) -> Prompt:
     """Filler words, `codes` facts planted `copies` (the checkpoint's index_topk) times each, the question.
@@ -140,7 +140,8 @@ def build_prompt(
     total_tokens: the whole prompt, BOS included; with `chat`, all of `chat_text(text)`.
     asked: code in the question, None = any. The text before it stays the same (if scattered).
     hops: longest chain of facts. With 3, `red=blue`, `blue=pink`, `pink=lion`: up to 3 words of answer.
-    placement: of the asked fact: "scattered", or packed at the "first" or "last" (windows see it) positions.
+    placement: of the asked fact: "scattered", or packed at the "first" or "last" (windows see it) positions, or in
+        between: a depth from 0.0 (first) to 1.0 (last).
     """
     rng = random.Random(seed)
     planted, animals = rng.sample(CODES, len(CODES))[:codes], rng.sample(ANIMALS, len(ANIMALS))
@@ -149,8 +150,9 @@ def build_prompt(
         raise ValueError(f"hops: {hops}, codes: {codes}; allowed: 1 <= hops <= codes <= {len(CODES)}")
     if asked not in planted:
         raise ValueError(f"asked: {asked!r}; allowed: a planted code ({', '.join(planted)})")
-    if placement not in ("scattered", "first", "last"):
-        raise ValueError(f"placement: {placement!r}; allowed: scattered, first, last")
+    depth = {"first": 0.0, "last": 1.0}.get(placement, placement)
+    if depth != "scattered" and not (isinstance(depth, float) and 0 <= depth <= 1):
+        raise ValueError(f"placement: {placement!r}; allowed: scattered, first, last, 0.0 to 1.0")
     # The last code of each chain of `hops` codes has an animal, every other one the next code.
     chain_ends = {i for i in range(codes) if (i + 1) % hops == 0 or i == codes - 1}
     facts = {code: animals[i] if i in chain_ends else planted[i + 1] for i, code in enumerate(planted)}
@@ -166,8 +168,9 @@ def build_prompt(
     words = rng.choices(FILLERS, k=length)
     copied = [code for code in planted for _ in range(copies)]
     places = rng.sample(range(length), len(copied))
-    if placement != "scattered":
-        packed = range(copies) if placement == "first" else range(length - copies, length)
+    if depth != "scattered":
+        first = round(depth * (length - copies))
+        packed = range(first, first + copies)
         copied.sort(key=lambda code: code != asked)
         places = [*packed, *rng.sample(sorted({*range(length)} - {*packed}), len(copied) - copies)]
     for place, code in zip(places, copied, strict=True):

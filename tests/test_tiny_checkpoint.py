@@ -198,7 +198,7 @@ def test_chat_text_is_what_vllm_encodes(planted):
 
 @pytest.mark.parametrize("total", [300, 1234])
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("placement", ["scattered", "first", "last"])
+@pytest.mark.parametrize("placement", ["scattered", "first", "last", 0.25])
 def test_prompt_has_the_length_and_the_copies(total, chat, placement):
     prompt = tiny.build_prompt(total, 1, chat=chat, asked="red", placement=placement)
     text = tiny.chat_text(prompt.text) if chat else prompt.text
@@ -209,7 +209,8 @@ def test_prompt_has_the_length_and_the_copies(total, chat, placement):
     assert sum(token in facts() for token in ids) == 128
     start, end = (2, total - 6) if chat else (1, total - 4)
     if placement != "scattered":
-        assert places == (list(range(start, start + 16)) if placement == "first" else list(range(end - 16, end)))
+        first = {"first": start, "last": end - 16, 0.25: start + round((end - 16 - start) / 4)}[placement]
+        assert places == list(range(first, first + 16))
 
 
 def facts() -> set[int]:
@@ -229,6 +230,7 @@ def test_prompts_of_one_seed_share_what_stands_before_the_question():
         (lambda: tiny.build_prompt(300, 0, asked="mauve"), "asked: 'mauve'"),
         (lambda: tiny.build_prompt(300, 0, hops=9), "hops: 9"),
         (lambda: tiny.build_prompt(300, 0, placement="middle"), "placement: 'middle'"),
+        (lambda: tiny.build_prompt(300, 0, placement=1.5), "placement: 1.5; allowed: .* 0.0 to 1.0"),
         (lambda: tiny.make_config("float16"), "dtype: 'float16'; allowed: float32, bfloat16"),
         (lambda: tiny.make_config(hidden_size=100), "hidden_size: 100; allowed: multiples of 32"),
         (lambda: tiny.make_config(vocab_size=64), "vocab_size: 64; allowed: .* at least"),

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     model, note = args.model, ""
     try:
-        model, limit = _served(client, args.model)
+        model, limit = served(client, args.model)
         if own:
             needles = own
         else:
@@ -163,7 +163,7 @@ def _depths(text: str | None) -> list[float]:
     return list(DEPTHS) if text is None else numbers("--depths", text, float, 0, 1)
 
 
-def _served(client: Client, name: str | None) -> tuple[str, int | None]:
+def served(client: Client, name: str | None) -> tuple[str, int | None]:
     """The model to ask, and its max_model_len where the server says it."""
     models = client.call("/models").get("data")
     known = {m["id"]: m for m in models if isinstance(m, dict) and "id" in m} if isinstance(models, list) else {}
@@ -175,7 +175,7 @@ def _served(client: Client, name: str | None) -> tuple[str, int | None]:
     return name, limit if isinstance(limit, int) else None
 
 
-def _filler(count: int, seed: int) -> list[str]:
+def filler(count: int, seed: int) -> list[str]:
     """Sentences of at least ``count`` words in all."""
     rng, sentences, words = random.Random(seed), [], 0
     while words < count:
@@ -184,19 +184,24 @@ def _filler(count: int, seed: int) -> list[str]:
     return sentences
 
 
-def _needles(client: Client, model: str, lengths: list[int], depths: list[float]) -> list[Needle]:
-    """Prompts of about so many tokens, their passcodes at so deep."""
-    sample = " ".join(_filler(1000, seed=0))
+def words_a_token(client: Client, model: str) -> float:
+    """Words of filler that make one of the model's tokens, as the server counts them."""
+    sample = " ".join(filler(1000, seed=0))
     counted = client.ask(model, sample, 1)[1]
     if not counted:
         raise RequestFailed("the server does not say usage.prompt_tokens, so prompts of a given length cannot be made")
-    tokens_a_word = counted / len(sample.split())
+    return len(sample.split()) / counted
+
+
+def _needles(client: Client, model: str, lengths: list[int], depths: list[float]) -> list[Needle]:
+    """Prompts of about so many tokens, their passcodes at so deep."""
+    words = words_a_token(client, model)
     needles = []
     for length in lengths:
         for depth in depths:
             seed = round(1000 * depth) * 10_000_019 + length
             code = str(random.Random(seed).randint(1_000_000, 9_999_999))
-            sentences = _filler(int(length / tokens_a_word) - 40, seed)
+            sentences = filler(int(length * words) - 40, seed)
             sentences.insert(round(depth * len(sentences)), f"The passcode of the archive is {code}.")
             label = f"{length:,} tokens, depth {depth:g}"
             needles.append(Needle(label, f"{' '.join(sentences)}\n\n{QUESTION}", code, exact=False))
