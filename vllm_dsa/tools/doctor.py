@@ -61,6 +61,7 @@ class VLLM:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="check this folder, or Hugging Face id in the cache")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the heads; default: 1")
+    parser.add_argument("--capability", metavar="X.Y", help="as if a GPU of it were here, e.g. 9.0: to check an image")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tp < 1:
         raise UserError(f"--tp {args.tp}: at least one rank is needed. Pass --tensor-parallel-size of vllm serve.")
     installation, vllm = _installation()
-    gpus, gpu_section = _gpus(vllm)
+    gpus, gpu_section = _assumed(args.capability, vllm) if args.capability else _gpus(vllm)
     sections = [installation, _variables(), gpu_section]
     facts: dict[str, Any] = {}
     if args.model:
@@ -198,6 +199,17 @@ def _gpus(vllm: VLLM | None) -> tuple[list[GPU], Section]:
     elif not needed and vllm is not None:
         section.add("NVIDIA", f"vLLM {vllm.version} is a CPU build and leaves them idle", "note")
     return gpus, section
+
+
+def _assumed(capability: str, vllm: VLLM | None) -> tuple[list[GPU], Section]:
+    """One GPU of this compute capability, whatever is here: an image is built where there is none."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    if not numbers:
+        raise UserError(f"--capability {capability}: pass it as nvidia-smi prints it, e.g. 9.0 for an H100 or H200.")
+    section = Section("GPUs")
+    idle = f"; vLLM {vllm.version} is a CPU build and would leave it idle" if vllm and "cpu" in vllm.version else ""
+    section.add("assumed", f"one of compute capability {capability}; none was asked{idle}", "note")
+    return [GPU("assumed", None, "none", (int(numbers[1]), int(numbers[2])))], section
 
 
 def _ask_nvidia_smi() -> tuple[list[GPU], str]:
