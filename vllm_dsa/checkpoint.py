@@ -22,6 +22,16 @@ AGAIN = "Download the checkpoint again."
 Shape = tuple[int, ...]
 _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
 _NAMED = 5  # names that a message lists
+# Methods whose packed weights are known here by their names, and ModelOpt's; a weight's name and dtype -> what it needs
+# beside it.
+PACKED = ("awq", "gptq", "compressed-tensors")
+_PARTS = {
+    ("qweight", "I32"): ("scales",),
+    ("weight_packed", "I32"): ("weight_scale",),
+    ("weight_packed", "U8"): ("weight_scale",),
+    ("weight", "U8"): ("weight_scale", "weight_scale_2"),
+}
+_DTYPES = {"torch.int32": "I32", "torch.uint8": "U8", "torch.float8_e4m3fn": "F8_E4M3"}
 
 
 class CheckpointError(ValueError):
@@ -49,6 +59,7 @@ class Wanted:
     draft: dict[str, Shape]
     optional: dict[str, Shape]
     block: tuple[int, int] | None  # of FP8 scales
+    packed: str | None = None  # quant_method, where weights may be packed: then a "weight" may have another name
 
     def shape(self, name: str) -> Shape | None:
         """Shape that a tensor of this name must have, None for a name that the config does not ask for."""
@@ -59,19 +70,28 @@ class Wanted:
             )
         return self.required.get(name) or self.draft.get(name) or self.optional.get(name)
 
+    def weight(self, name: str) -> str:
+        """Name that a packed weight has in its plain form; any other name as it is."""
+        stem, _, last = name.rpartition(".")
+        return f"{stem}.weight" if self.packed and last in ("qweight", "weight_packed") else name
+
 
 def wanted(hf_config: Any) -> Wanted | None:
-    """Tensors of a DSA model under their published names.
+    """Tensors of a DSA model under the names that they have where they are plain.
 
-    None where weights are neither plain nor block-scaled FP8: other quantisations have names and shapes of their own.
+    None where weights are neither plain, nor block-scaled FP8, nor in a packed format: names and shapes are not known.
     """
     config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
     quantisation = get("quantization_config")
-    block = None
+    block = packed = None
     if quantisation:
-        block = _getter(quantisation)("weight_block_size")
-        if _getter(quantisation)("quant_method") != "fp8" or not block:
-            return None
+        method = _getter(quantisation)("quant_method") or ""
+        if method in PACKED or method.startswith("modelopt"):
+            packed = method
+        else:
+            block = _getter(quantisation)("weight_block_size")
+            if method != "fp8" or not block:
+                return None
     vocabulary, hidden, layers = (get("vocab_size"), config.hidden_size), config.hidden_size, config.num_hidden_layers
     required: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
     required["model.norm.weight"] = (hidden,)
@@ -89,7 +109,7 @@ def wanted(hf_config: Any) -> Wanted | None:
             group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
             group[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
             optional |= {f"{prefix}{copy}weight": vocabulary for copy in MTP_COPIES}
-    return Wanted(required, draft, optional, tuple(block) if block else None)
+    return Wanted(required, draft, optional, tuple(block) if block else None, packed)
 
 
 def _norm(config: DSAConfig, prefix: str, gated: bool) -> dict[str, Shape]:
@@ -208,6 +228,8 @@ def check(folder: Path, hf_config: Any, drafts: bool = False) -> None:
     """Refuse a local folder whose files do not hold what its config.json asks for, its MTP layer too if ``drafts``.
     Raises CheckpointError."""
     stored, asked = read(folder), wanted(hf_config)
+    if not stored:
+        refuse_pickles(folder)
     if not stored or asked is None:
         return
     for name, tensor in stored.items():
@@ -216,28 +238,30 @@ def check(folder: Path, hf_config: Any, drafts: bool = False) -> None:
             _check_quantised(name, asked)
     unlisted = {file.name for file in folder.glob("*.safetensors")} - {tensor.file.name for tensor in stored.values()}
     hint = f" ({INDEX_FILE} does not name {_some(sorted(unlisted))})" if unlisted else ""
-    _check_complete(stored, asked.required, hint)
+    names = {asked.weight(name) for name in stored}
+    _check_complete(names, asked.required, hint)
     if drafts:
-        _check_complete(stored, asked.draft)
+        _check_complete(names, asked.draft)
     _check_pairs({name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}, stored, asked)
+    _check_parts({name: tensor.dtype for name, tensor in stored.items()}, asked)
 
 
 def inspected(
     weights: Iterable[tuple[str, Any]], asked: Wanted, required: Collection[str]
 ) -> Iterator[tuple[str, Any]]:
     """Pass tensors on as they come. Raises CheckpointError at the first of a wrong shape, and at the end if there are
-    ``required`` ones and not all of them came, or not both of an FP8 pair."""
-    seen, quantised = set(), set()
+    ``required`` ones and not all of them came, or not all parts of a quantised one."""
+    seen: dict[str, str] = {}  # name -> dtype
     for name, tensor in weights:
         _check_shape(name, tuple(tensor.shape), asked)
-        if str(tensor.dtype) == "torch.float8_e4m3fn":
+        seen[name] = _DTYPES.get(str(tensor.dtype), "")
+        if seen[name] == "F8_E4M3":
             _check_quantised(name, asked)
-            quantised.add(name)
-        seen.add(name)
         yield name, tensor
     if required:
-        _check_complete(seen, required)
-        _check_pairs(quantised, seen, asked)
+        _check_complete({asked.weight(name) for name in seen}, required)
+        _check_pairs({name for name, dtype in seen.items() if dtype == "F8_E4M3"}, seen, asked)
+        _check_parts(seen, asked)
 
 
 def refuse_indexer(folder: Path) -> None:
@@ -251,9 +275,23 @@ def refuse_indexer(folder: Path) -> None:
         )
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose only weights are pickles, which vLLM would read."""
+    found = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if found:
+        raise CheckpointError(
+            f"{folder} holds {_some(found)} and no safetensors file: pickled weights are refused, reading a pickle may "
+            f"run code that is in it. Serve the published safetensors files."
+        )
+
+
 def _check_shape(name: str, shape: Shape, asked: Wanted) -> None:
-    expected = asked.shape(name)
-    if expected is not None and shape != expected:
+    expected = asked.shape(asked.weight(name))
+    if expected is None:
+        return
+    # Packed formats differ in which dim they pack and how much.
+    fits = asked.packed and len(shape) == 2 and math.prod(expected) in [math.prod(shape) * n for n in (2, 4, 8)]
+    if shape != expected and not fits:
         raise CheckpointError(
             f"checkpoint tensor {name} has shape {shape}, config.json asks for {expected}. Check that config.json (and "
             f"--hf-overrides) and the weights are of the same model; if they are, download that file again."
@@ -261,7 +299,7 @@ def _check_shape(name: str, shape: Shape, asked: Wanted) -> None:
 
 
 def _check_quantised(name: str, asked: Wanted) -> None:
-    if asked.block is None:
+    if asked.block is None and asked.packed is None:
         raise CheckpointError(
             f"checkpoint tensor {name} is FP8, but config.json has no quantization_config. "
             f"Restore the published config.json."
@@ -275,6 +313,23 @@ def _check_pairs(quantised: Collection[str], names: Collection[str], asked: Want
     alone += [n for n in names if n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) not in quantised]
     if alone:
         raise unpaired(alone)
+
+
+def _check_parts(names: Mapping[str, str], asked: Wanted) -> None:
+    """Packed weights by name and dtype: vLLM would leave scales that never come as they are in fresh memory."""
+    if not asked.packed:
+        return
+    lacking = []
+    for name, dtype in names.items():
+        stem, _, last = name.rpartition(".")
+        parts = _PARTS.get((last, dtype), ())
+        if parts and asked.packed == "awq":
+            parts = (*parts, "qzeros")
+        lacking += [f"{stem}.{part}" for part in parts if f"{stem}.{part}" not in names]
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint lacks {_some(lacking)}: {asked.packed} stores them beside every quantised weight. {AGAIN}"
+        )
 
 
 def unpaired(alone: Collection[str]) -> CheckpointError:

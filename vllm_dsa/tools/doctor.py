@@ -359,6 +359,7 @@ def _check_model(folder: Path, tp: int, section: Section, facts: dict[str, Any])
     _add_facts(section, config, hf_config)
     stored = checkpoint.read(folder)
     if not stored:
+        checkpoint.refuse_pickles(folder)
         section.add("weights", "no safetensors file is here: config.json alone was checked", "note")
         return
     checkpoint.check(folder, hf_config, drafts=False)
