@@ -94,18 +94,6 @@ def test_lora_is_refused(folder):
         engine_config(folder, enable_lora=True)
 
 
-@pytest.mark.parametrize("connector", ["ExampleConnector", "OffloadingConnector", "NixlConnector", "MultiConnector"])
-def test_kv_connectors_are_refused(folder, connector):
-    options = {"kv_connector": connector, "kv_role": "kv_both"}
-    with pytest.raises(ValueError, match=f"'{connector}' is refused.*Remove --kv-transfer-config"):
-        engine_config(folder, kv_transfer_config=options)
-
-
-def test_kv_offloading_is_refused(folder):
-    with pytest.raises(ValueError, match="--kv-offloading-size 2 is refused.*Remove"):
-        engine_config(folder, kv_offloading_size=2.0)
-
-
 def test_hisparse_is_refused(folder):
     with pytest.raises(ValueError, match="hisparse_config is refused.*Remove"):
         engine_config(folder, attention_config={"hisparse_config": {}})

@@ -27,12 +27,14 @@ from vllm_dsa.compat import (
     get_tensor_model_parallel_world_size,
     get_tp_group,
     init_logger,
+    kv_connector,
     register_layer,
 )
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.indexer import Indexer
 from vllm_dsa.kernels import Norms, Rope, dispatch
 from vllm_dsa.metadata import Rows, between, cut, dense_parts, shared_chunks, without
+from vllm_dsa.quant import read_only
 
 logger = init_logger("vllm.vllm_dsa.attention")
 WARM_ROWS = 320  # enough for the kernels of many rows
@@ -85,7 +87,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             config.kv_lora_rank,
             config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
             bias=False,
-            quant_config=quant_config,
+            quant_config=read_only(quant_config),
             prefix=f"{prefix}.kv_b_proj",
         )
         # Its weight is read after loading and never multiplied as it is: vLLM's CPU path must not repack it.
@@ -262,7 +264,13 @@ def _write_select_attend(
             layer.warm_up(*tensors)
         values.zero_()
         return
+    connector = kv_connector()
+    owners = [layer, *(() if layer.indexer is None else (layer.indexer.cache,))] if connector else []
+    for owner in owners:
+        connector.wait_for_layer_load(owner.layer_name)
     _step(layer, metadata, positions, latent, rope_key, index_key, query, index_query, head_weights, values)
+    for owner in owners:
+        connector.save_kv_layer(owner.layer_name, owner.kv_cache, metadata)
 
 
 def _step(

@@ -101,10 +101,6 @@ class DSABackend(AttentionBackend):
     def is_sparse(cls) -> bool:
         return True
 
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
 
 class IndexCacheBuilder(AttentionMetadataBuilder[None]):
     """Builds nothing: the layer's latent-cache metadata serves the indexer too."""

@@ -10,9 +10,13 @@ Index-key cache, one page is planar, [pages, block_size * (index_head_dim + 4)] 
     block_size * index_head_dim e4m3 keys, then block_size float32 scales
 
 Scales are written as powers of two (ue8m0) and read as any float32. Both caches may be strided over pages.
+
+What leaves the process, to a store or to another server, leaves as whole pages, and under layout_name().
 """
 
 import torch
+
+LAYOUT_VERSION = 1  # one more with any change to the bytes above
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -25,6 +29,14 @@ SCALE_BYTES = 4
 def index_page_bytes(block_size: int, head_dim: int) -> int:
     """Bytes of one index-key page."""
     return block_size * (head_dim + SCALE_BYTES)
+
+
+def layout_name(row: str, latent_dim: int, index_dim: int, block_size: int) -> str:
+    """What pages of both caches are called wherever they are stored: two servers may share pages if it is the same.
+
+    ``row`` is the latent rows' dtype, or "fp8_ds_mla".
+    """
+    return f"vllm-dsa-{LAYOUT_VERSION}-{row}-{latent_dim}-{index_dim}-{block_size}"
 
 
 def power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:

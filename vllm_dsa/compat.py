@@ -102,6 +102,16 @@ def register_layer(prefix: str, layer: Any) -> None:
     layers[prefix] = layer
 
 
+def kv_connector() -> Any:
+    """The KV connector that this step's pages are handed to, if there is one."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    if not has_kv_transfer_group():
+        return None
+    connector = get_kv_transfer_group()
+    return connector if connector.has_connector_metadata() else None
+
+
 def dequantised_weight(linear: Any, dtype: Any) -> Any:
     """Weight [out, in] of a vLLM linear layer in ``dtype``, whatever its quantisation."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights

@@ -1,5 +1,6 @@
 """What we adjust in vLLM's config before the engine starts, and what we refuse there. Chained to what stood before."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 DRAFT_METHODS = ("mtp", "ngram")
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
+# KV connectors that move both caches, bit for bit: seen in tests/test_transfer.py and tests/test_gpu_transfer.py.
+CONNECTORS: dict[str, tuple[str, ...]] = {"cpu": ("ExampleConnector",), "cuda": ()}
 INDEX_CACHE_DTYPES = ("auto", "fp8")  # vLLM's names for the bytes that cache.py defines
 
 
@@ -96,8 +99,10 @@ def check(vllm_config: Any) -> None:
             f"--attention-config indexer_kv_dtype {index_dtype!r} is refused: DSA's index-key cache is FP8 (e4m3 with "
             f"a scale a token), one of {', '.join(INDEX_CACHE_DTYPES)}. Remove the key."
         )
-    if not cache_config.user_specified_block_size and not compat.current_platform.is_cpu():
-        # As if asked for: vLLM would otherwise settle on the smallest size that both caches' backends take.
+    connector = _connector(vllm_config)
+    if not cache_config.user_specified_block_size and (connector or not compat.current_platform.is_cpu()):
+        # As if asked for: vLLM would otherwise settle on the smallest size that both caches' backends take, and only
+        # once a connector's store has got its name.
         cache_config.block_size, cache_config.user_specified_block_size = GPU_BLOCK_SIZE, True
     block_size = cache_config.block_size
     if cache_config.user_specified_block_size and block_size % BLOCK_SIZE_MULTIPLE:
@@ -105,6 +110,8 @@ def check(vllm_config: Any) -> None:
             f"--block-size {block_size} is refused: pages hold a multiple of {BLOCK_SIZE_MULTIPLE} tokens. Pass "
             f"e.g. --block-size 64."
         )
+    if connector:
+        _check_transfer(vllm_config, config, connector)
     if folder := _published_folder(vllm_config):
         checkpoint.check(folder, model_config.hf_config, drafts)
 
@@ -117,28 +124,82 @@ def _published_folder(vllm_config: Any) -> Path | None:
 
 
 def _refuse_unproven(vllm_config: Any) -> None:
-    """Refuse what vLLM would do to our layers behind their back: other weights, or pages moved out of the caches."""
+    """Refuse what vLLM would do to our layers behind their back: other weights, or another reader of the caches."""
     if vllm_config.lora_config is not None:
         raise ConfigError(
             "--enable-lora is refused: DSA layers fold kv_b_proj into W_UK and W_UV while they load, and no adapter is "
             "proven on their other weights. Merge the adapter into the checkpoint and serve that."
-        )
-    transfer, offload = vllm_config.kv_transfer_config, vllm_config.cache_config.kv_offloading_size
-    if transfer is not None:
-        raise ConfigError(
-            f"--kv-transfer-config with kv_connector {transfer.kv_connector!r} is refused: no connector is proven to "
-            f"move the latent pages and the planar index-key pages together. Remove --kv-transfer-config."
-        )
-    if offload is not None:
-        raise ConfigError(
-            f"--kv-offloading-size {offload:g} is refused: no connector is proven to move the latent pages and the "
-            f"planar index-key pages together. Remove --kv-offloading-size."
         )
     if vllm_config.attention_config.hisparse_config is not None:
         raise ConfigError(
             "--attention-config hisparse_config is refused: HiSparse reads the caches of vLLM's own DSA layers. Remove "
             "it, or set VLLM_DSA_DISABLE=1 to serve with stock vLLM."
         )
+
+
+def _connector(vllm_config: Any) -> str | None:
+    """Name of the KV connector that vLLM will take, if any."""
+    if vllm_config.cache_config.kv_offloading_size is None:
+        transfer = vllm_config.kv_transfer_config
+        return None if transfer is None else str(transfer.kv_connector)
+    if vllm_config.cache_config.kv_offloading_backend != "native":
+        return "LMCacheMPConnector"
+    return "SimpleCPUOffloadConnector" if os.environ.get("VLLM_USE_SIMPLE_KV_OFFLOAD") == "1" else "OffloadingConnector"
+
+
+def _check_transfer(vllm_config: Any, config: DSAConfig, connector: str) -> None:
+    """Refuse every KV connector, and every way to use one, that is not proven to move both caches; name its store."""
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    extra = {} if transfer is None else transfer.kv_connector_extra_config
+    proven = CONNECTORS.get(compat.current_platform.device_type, ())
+    size = vllm_config.cache_config.kv_offloading_size
+    flag = "--kv-transfer-config" if size is None else f"--kv-offloading-size {size:g}"
+    refused = f"{flag} with kv_connector {connector!r} is refused"
+    module = None if transfer is None else transfer.kv_connector_module_path
+    if connector not in proven or module is not None:
+        known = f"only {' and '.join(proven)} of vLLM's own is" if proven else "no connector is"
+        raise ConfigError(
+            f"{refused}: on this platform {known} proven to move the latent pages and the planar index-key pages "
+            f"together. Remove {flag.split()[0]}."
+        )
+    stored = connector == "ExampleConnector"
+    spec = extra.get("spec_name", "CPUOffloadingSpec")
+    for wrong, why, step in (
+        (parallel.world_size > 1, f"with {parallel.world_size} ranks: it is proven on one", "Serve on one rank"),
+        (vllm_config.speculative_config is not None, "with a draft: not proven", "Remove --speculative-config"),
+        (not stored and spec != "CPUOffloadingSpec", f"with spec_name {spec!r}: not proven", "Remove spec_name"),
+        # It stores a prompt when its first part is computed, and finds one by its token ids.
+        (
+            stored and vllm_config.scheduler_config.enable_chunked_prefill,
+            "with chunked prefill: it stores the first chunk as if it were the prompt",
+            "Pass --no-enable-chunked-prefill",
+        ),
+        (
+            stored and vllm_config.scheduler_config.long_prefill_token_threshold > 0,
+            "with --long-prefill-token-threshold: it stores the first chunk as if it were the prompt",
+            "Remove --long-prefill-token-threshold",
+        ),
+        (
+            stored and vllm_config.model_config.enable_prompt_embeds,
+            "with --enable-prompt-embeds: it would take every such prompt for the same",
+            "Remove --enable-prompt-embeds",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{refused} {why}. {step}, or remove {flag.split()[0]}.")
+    if stored:
+        store = Path(extra.get("shared_storage_path", "/tmp"))
+        name = _store_name(vllm_config, config)
+        extra["shared_storage_path"] = str(store if store.name == name else store / name)
+
+
+def _store_name(vllm_config: Any, config: DSAConfig) -> str:
+    """Folder of a store for these pages of this model: its connector asks for a prompt's tokens and nothing else."""
+    model, cache_config = vllm_config.model_config, vllm_config.cache_config
+    row = cache.FP8_DS_MLA if cache_config.cache_dtype == cache.FP8_DS_MLA else str(model.dtype).removeprefix("torch.")
+    layout = cache.layout_name(row, config.latent_dim, config.index_head_dim, cache_config.block_size)
+    facts = hashlib.sha256(repr((model.model, model.revision, config)).encode()).hexdigest()
+    return f"{layout}-{facts[:16]}"
 
 
 def _refuse_parallel(vllm_config: Any, config: DSAConfig) -> None:
