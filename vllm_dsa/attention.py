@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vllm_dsa import cache, envs
-from vllm_dsa.backend import DSABackend, DSAMetadata
+from vllm_dsa.backend import DSABackend, DSAMetadata, kernel_request
 from vllm_dsa.compat import (
     AttentionLayerBase,
     ColumnParallelLinear,
@@ -18,7 +18,6 @@ from vllm_dsa.compat import (
     MLAAttentionSpec,
     RMSNorm,
     RowParallelLinear,
-    current_platform,
     dequantised_weight,
     eager_break_during_capture,
     get_current_vllm_config,
@@ -63,7 +62,6 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         self.config = config
         self.heads = config.num_attention_heads // ranks
         self.dtype = vllm_config.model_config.dtype
-        self.latent_kind = cache.FP8_DS_MLA if vllm_config.cache_config.cache_dtype == cache.FP8_DS_MLA else "auto"
 
         self.fused_qkv_a_proj = MergedColumnParallelLinear(
             config.hidden_size,
@@ -105,7 +103,9 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         # A buffer, because vLLM's sleep mode saves buffers and drops every other tensor of a model.
         self.register_buffer("cos_sin", _cos_sin(config, vllm_config.model_config.max_model_len), persistent=False)
         self.rope = Rope(self.cos_sin, config.index_rope_interleaved)
-        self.kernels = dispatch.choose(self._request(vllm_config))
+        request = kernel_request(vllm_config, config)
+        self.latent_kind = request.latent_kind
+        self.kernels = dispatch.choose(request)
         logger.info_once(self.kernels.summary)
 
         self.layer_name = f"{prefix}.attn"
@@ -113,22 +113,6 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         self.warm = False
         self.vllm_config = vllm_config
         register_layer(self.layer_name, self)
-
-    def _request(self, vllm_config: Any) -> dispatch.Request:
-        capability = current_platform.get_device_capability()
-        return dispatch.Request(
-            device_type=current_platform.device_type,
-            capability=None if capability is None else tuple(capability),
-            dtype=self.dtype,
-            latent_kind=self.latent_kind,
-            kv_lora_rank=self.config.kv_lora_rank,
-            rope_dim=self.config.qk_rope_head_dim,
-            num_heads=self.heads,
-            index_heads=self.config.index_n_heads,
-            index_dim=self.config.index_head_dim,
-            top_k=self.config.index_topk,
-            block_size=vllm_config.cache_config.block_size,
-        )
 
     def get_attn_backend(self) -> type:
         return DSABackend
@@ -234,7 +218,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         query_latent = self.q_a_layernorm(raw_latent)
         projected, gate = self.queries(query_latent, raw_latent)
         index_query = head_weights = index_key = None
-        if self.indexer is not None and not self.reuses_selection:
+        selects = self.kernels.select is not None and not self.reuses_selection
+        if self.indexer is not None and selects:
             index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
 
         values = hidden_states.new_empty(len(hidden_states), self.heads, config.v_head_dim)

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.compat import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
+from vllm_dsa import cache
+from vllm_dsa.compat import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    MultipleOf,
+    current_platform,
+)
+from vllm_dsa.config import DSAConfig
+from vllm_dsa.kernels.limits import Request
 from vllm_dsa.metadata import DeviceRows, Rows, build_rows
 from vllm_dsa.platform import BLOCK_SIZE_MULTIPLE
 
@@ -69,6 +78,25 @@ def _host_ends(common: Any, requests: int) -> list[int]:
     """Upper bounds of the requests' lengths as host ints; graph capture may bring none for each."""
     bounds = common.seq_lens_cpu_upper_bound
     return [common.max_seq_len] * requests if bounds is None else bounds[:requests].tolist()
+
+
+def kernel_request(vllm_config: Any, config: DSAConfig) -> Request:
+    """What a layer on one rank needs of its kernels."""
+    capability = current_platform.get_device_capability()
+    cache_config, ranks = vllm_config.cache_config, vllm_config.parallel_config.tensor_parallel_size
+    return Request(
+        device_type=current_platform.device_type,
+        capability=None if capability is None else tuple(capability),
+        dtype=vllm_config.model_config.dtype,
+        latent_kind=cache.FP8_DS_MLA if cache_config.cache_dtype == cache.FP8_DS_MLA else "auto",
+        kv_lora_rank=config.kv_lora_rank,
+        rope_dim=config.qk_rope_head_dim,
+        num_heads=config.num_attention_heads // ranks,
+        index_heads=config.index_n_heads,
+        index_dim=config.index_head_dim,
+        top_k=config.index_topk,
+        block_size=cache_config.block_size,
+    )
 
 
 class DSABackend(AttentionBackend):
