@@ -10,6 +10,7 @@ from vllm_dsa import cache
 from vllm_dsa.backend import IndexCacheBackend
 from vllm_dsa.compat import AttentionLayerBase, MLAAttentionSpec, ReplicatedLinear, dequantised_weight, register_layer
 from vllm_dsa.config import DSAConfig
+from vllm_dsa.quant import read_only
 
 
 class IndexCache(nn.Module, AttentionLayerBase):
@@ -19,6 +20,7 @@ class IndexCache(nn.Module, AttentionLayerBase):
         super().__init__()
         self.head_dim = head_dim
         self.kv_cache = torch.empty(0)
+        self.layer_name = prefix
         register_layer(prefix, self)
 
     def get_attn_backend(self) -> type:
@@ -61,9 +63,9 @@ class Indexer(nn.Module):
             prefix=f"{prefix}.wq_b",
         )
         self.wk = ReplicatedLinear(
-            config.hidden_size, self.head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.wk"
+            config.hidden_size, self.head_dim, bias=False, quant_config=read_only(quant_config), prefix=f"{prefix}.wk"
         )
-        # Stored unquantised in every published checkpoint.
+        # Unquantised in every checkpoint that its publisher has made.
         self.weights_proj = ReplicatedLinear(
             config.hidden_size, self.heads, bias=False, quant_config=None, prefix=f"{prefix}.weights_proj"
         )

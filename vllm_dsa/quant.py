@@ -1,18 +1,27 @@
-"""Block-scaled FP8 checkpoints where the platform has no kernels for them: dequantise while loading.
+"""Quantised weights that vLLM is not to multiply as they are: dequantised while loading.
 
-DeepSeek publishes weights as e4m3 with one float32 scale for each 128x128 block (``weight`` and ``weight_scale_inv``).
-vLLM multiplies them as they are on GPUs; on a CPU the layers are built unquantised and fed dequantised weights.
+FP8 on a CPU. DeepSeek publishes weights as e4m3 with one float32 scale for each 128x128 block (``weight`` and
+``weight_scale_inv``). vLLM multiplies them as they are on GPUs; on a CPU the layers are built unquantised and fed
+dequantised weights.
+
+Weights that are only read, in checkpoints of 4 bits. W_UK and W_UV come from kv_b_proj, one joined weight from the
+indexer's wk and weights_proj. vLLM could show such a weight only as what its kernel gives for an identity matrix, and
+kernels round: activations to 8 or 4 bits, or products of scales and zero points. So these layers are built unquantised,
+and their weights are dequantised from the checkpoint's own tensors, exactly as the formats define them. All other
+layers are vLLM's.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, unpaired
+from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, Wanted, unpaired
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
+Tensors = Mapping[str, torch.Tensor]
 METHOD = "dsa_fp8_dequantised"
 DRAFT = "DeepseekV32MTPModel"
 BLOCK = 128
@@ -117,3 +126,165 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype)
         yield base, dequantise(weight, scale, dtype, base)
     if waiting:
         raise unpaired(waiting)
+
+
+# Modules whose weights are only read, and the MTP layer's eh_proj, which vLLM gets unquantised too.
+READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
+# Scales of an FP8 cache: fp8_ds_mla has scales of its own.
+CACHE_SCALE = re.compile(r"\.([kqv]|kv|k_cache|v_cache)_(scale|zero_point)$")
+GLOBAL_SCALE = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa|gate_proj|up_proj)\.(?:weight_scale_2|weight_global_scale)$")
+SHARED_SCALE = {"q_a_proj": ".a", "kv_a_proj_with_mqa": ".a", "gate_proj": ".gate_up", "up_proj": ".gate_up"}
+# Of vLLM, as its configs name themselves.
+PACKED_METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors")
+PACKED_METHODS += ("modelopt", "modelopt_fp4", "modelopt_mixed")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the output columns 0 to 7 lie, in units of 4 bits
+
+
+def read_only(quant_config: Any) -> Any:
+    """Quantisation of a layer whose weight is only read: none where ``unpacked`` brings it plain."""
+    packed = quant_config is not None and quant_config.get_name() in PACKED_METHODS
+    return None if packed else quant_config
+
+
+def exclude_fused(quant_config: Any, fused: Mapping[str, list[str]], modules: Iterable[str]) -> None:
+    """Have ModelOpt's patterns of modules that are left out hold for vLLM's fused ``modules`` too, whose names they do
+    not match. Raises ConfigError where they match one part of a fused module and not the other."""
+    if not hasattr(quant_config, "is_layer_excluded"):
+        return
+    for module in modules:
+        stem, _, name = module.rpartition(".")
+        left_out = [part for part in fused[name] if quant_config.is_layer_excluded(f"{stem}.{part}")]
+        if len(left_out) == len(fused[name]):
+            quant_config.exclude_modules.append(module)
+        elif left_out:
+            raise ConfigError(
+                f"quantization_config leaves out {stem}.{left_out[0]}, and not all of {', '.join(fused[name])} there: "
+                f"vLLM multiplies them as one weight, in one format. Quantise the model again with all or none of them "
+                f"left out."
+            )
+
+
+def unpacked(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, asked: Wanted
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass tensors on; those of READ modules, unless they are plain, as one ``weight`` in ``dtype`` for each module at
+    the end, since parts come in any order and some are optional. Scales of caches and orders of inputs are left out.
+
+    Raises CheckpointError for what vLLM would load and compute wrongly with.
+    """
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    global_scales: dict[str, tuple[str, float]] = {}
+    for name, tensor in weights:
+        if CACHE_SCALE.search(name):
+            continue
+        if name.endswith("g_idx"):
+            _refuse_reordered(name, tensor)
+            continue
+        if pair := GLOBAL_SCALE.search(name):
+            _refuse_unequal(name[: pair.start()] + SHARED_SCALE[pair[1]], name, tensor.item(), global_scales)
+        found = READ.search(name)
+        part = name[found.end() :] if found else ""
+        if found and (part != "weight" or tensor.dtype in (torch.uint8, torch.float8_e4m3fn)):
+            waiting.setdefault(name[: found.end() - 1], {})[part] = tensor
+        else:
+            yield name, tensor
+    for module in sorted(waiting):
+        shape = asked.shape(f"{module}.weight")
+        if shape is not None:
+            yield f"{module}.weight", unpack(module, waiting.pop(module), shape).to(dtype)
+
+
+def _refuse_reordered(name: str, order: torch.Tensor) -> None:
+    """vLLM ignores which group an input is of, and takes groups of consecutive inputs."""
+    groups = int(order.max()) + 1
+    if len(order) % groups or not torch.equal(
+        order.long(), torch.arange(len(order), device=order.device) // (len(order) // groups)
+    ):
+        raise CheckpointError(
+            f"checkpoint tensor {name} puts inputs into groups by importance (activation order), which vLLM would "
+            f"compute wrongly with. Quantise the model again with desc_act false (compressed-tensors: actorder static)."
+        )
+
+
+def _refuse_unequal(fused: str, name: str, scale: float, seen: dict[str, tuple[str, float]]) -> None:
+    """Of two weights that vLLM multiplies as one, it takes one global scale for both."""
+    other, first = seen.setdefault(fused, (name, scale))
+    if abs(scale - first) > 1e-3 * abs(first):
+        raise CheckpointError(
+            f"{other} is {first:g} and {name} is {scale:g}: vLLM multiplies these two weights as one with one of these "
+            f"global scales, and the other's values would be wrong by their quotient. Quantise the model again with "
+            f"one global scale for both, or leave both modules out (in the ignore list)."
+        )
+
+
+def unpack(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+    """Weight of ``shape`` [out, in], float32, of a module that is stored as ``parts``: AWQ, GPTQ, compressed-tensors'
+    integers of 4 or 8 bits or NVFP4, ModelOpt's NVFP4, or FP8. Raises CheckpointError."""
+    try:
+        weight = _unpack(module, parts, shape)
+    except (KeyError, RuntimeError, ZeroDivisionError) as error:
+        cause: Exception | None = error
+    else:
+        cause = None
+        if weight.shape == shape:
+            return weight
+    stored = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in parts.items())
+    raise CheckpointError(
+        f"{module}: its tensors ({stored}) are no weight of shape {tuple(shape)} in a format that is known here: AWQ, "
+        f"symmetric GPTQ, compressed-tensors (integers of 4 or 8 bits, NVFP4), ModelOpt NVFP4, FP8. If the checkpoint "
+        f"is of one of these, download it again; else quantise the model again with this module left out (in the "
+        f"ignore list)."
+    ) from cause
+
+
+def _unpack(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+    if "qweight" in parts:
+        packed, scales = parts["qweight"], parts["scales"].float().T  # [out, groups]
+        if len(scales) == packed.shape[1]:  # GPTQ, packed along the inputs; vLLM takes it symmetric only
+            bits = 32 * len(packed) // shape[1]
+            return _grouped(_integers(packed.T, bits) - 2 ** (bits - 1), scales)
+        codes, zeros = (_awq_columns(parts[name]).T for name in ("qweight", "qzeros"))
+        return _grouped(codes, scales, zeros)
+    scales = parts["weight_scale" if "weight_scale" in parts else "weight_scale_inv"].float()
+    if "weight_packed" in parts and parts["weight_packed"].dtype == torch.int32:
+        bits = 32 * parts["weight_packed"].shape[1] // shape[1]
+        codes = _integers(parts["weight_packed"], bits)[:, : shape[1]]
+        if "weight_zero_point" not in parts:
+            return _grouped(codes - 2 ** (bits - 1), scales)
+        return _grouped(codes, scales, _integers(parts["weight_zero_point"].T, bits).T[: len(codes)])
+    if "weight_packed" in parts:
+        return _grouped(_e2m1(parts["weight_packed"]), scales / parts["weight_global_scale"].float())
+    weight = parts["weight"]
+    if weight.dtype == torch.uint8:
+        return _grouped(_e2m1(weight), scales * parts["weight_scale_2"].float())
+    if scales.numel() in (1, len(weight)):  # one for all, or one an output
+        return weight.float() * scales.view(-1, 1)
+    return dequantise(weight, scales, torch.float32, f"{module}.weight")
+
+
+def _grouped(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
+    """values [out, in], less zeros, times scales, both [out, groups]; a group is consecutive inputs."""
+    grouped = values.float().unflatten(1, (scales.shape[1], -1))
+    if zeros is not None:
+        grouped = grouped - zeros.unsqueeze(-1)
+    return (grouped * scales.unsqueeze(-1)).flatten(1)
+
+
+def _integers(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [n, m] to unsigned values [n, m * 32 / bits], the lowest bits first."""
+    if bits not in (4, 8):
+        raise RuntimeError(f"{bits} bits")
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def _awq_columns(packed: torch.Tensor) -> torch.Tensor:
+    """int32 [n, out / 8] in AWQ's order to unsigned values [n, out]."""
+    return _integers(packed, 4).unflatten(1, (-1, 8))[..., list(AWQ_COLUMN)].flatten(1)
+
+
+def _e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, m] to FP4 values [n, 2 m] float32, the low half of a byte first."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).int()
+    return torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)[codes]

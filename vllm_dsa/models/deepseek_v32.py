@@ -3,7 +3,7 @@
 Everything but attention is vLLM's: embedding, norms, MLP, mixture of experts, head.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,7 @@ from vllm_dsa.compat import (
 )
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.models.ranks import require_agreement
-from vllm_dsa.quant import DequantisedFp8Config, dequantised
+from vllm_dsa.quant import DequantisedFp8Config, dequantised, exclude_fused, unpacked
 
 # (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
 STACKED = (
@@ -189,6 +189,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         )
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
+        exclude_fused(self.quant_config, self.packed_modules_mapping, _fused_modules(config))
         self.wanted = wanted(self.config)
         self.awaited = self._awaited(vllm_config)
         return config
@@ -243,6 +244,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             weights = inspected(weights, self.wanted, self.awaited)
         if isinstance(self.quant_config, DequantisedFp8Config):
             weights = dequantised(weights, self.dtype)
+        elif self.wanted is not None and self.wanted.packed:
+            weights = unpacked(weights, self.dtype, self.wanted)
         params = dict(self.named_parameters())
         experts = self.get_expert_mapping()
         loaded: set[str] = set()
@@ -272,6 +275,13 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
                 module.absorbed_versions = []
         self.awaited = ()
         return loaded
+
+
+def _fused_modules(config: DSAConfig) -> Iterator[str]:
+    """Names of the modules that hold several of the checkpoint's."""
+    for layer in range(config.num_hidden_layers + config.mtp_layers):
+        mlp = "mlp" if config.is_dense(layer) else "mlp.shared_experts"
+        yield from (f"model.layers.{layer}.self_attn.fused_qkv_a_proj", f"model.layers.{layer}.{mlp}.gate_up_proj")
 
 
 def _load_expert(

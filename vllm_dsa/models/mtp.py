@@ -26,7 +26,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(vllm_config, config, selection, prefix)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm, self.hnorm = RMSNorm(hidden, eps=eps), RMSNorm(hidden, eps=eps)
-        # Stored unquantised in every published checkpoint.
+        # Unquantised in every checkpoint that its publisher has made.
         self.eh_proj = ReplicatedLinear(2 * hidden, hidden, bias=False, quant_config=None, prefix=f"{prefix}.eh_proj")
         self.shared_head = nn.Module()
         self.shared_head.norm = RMSNorm(hidden, eps=eps)
