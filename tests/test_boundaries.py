@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "vllm_dsa"
 
 FACTS = ("vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.checkpoint")
 BYTES = ("vllm_dsa.cache", "vllm_dsa.metadata")
-SEAM = ("vllm_dsa.backend", "vllm_dsa.compat", "vllm_dsa.platform", "vllm_dsa.quant")
+SEAM = tuple(f"vllm_dsa.{name}" for name in ("backend", "compat", "platform", "quant", "metrics"))
 LAYERS = ("vllm_dsa.indexer", "vllm_dsa.attention")
 CONTRACTS = "vllm_dsa.kernels"
 PLAIN_TOOLS = tuple(f"vllm_dsa.tools.{name}" for name in ("main", "output", "model", "memory", "fit", "plan", "doctor"))
@@ -50,6 +50,11 @@ TABLE = (
         ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
     ),
     Layer(("vllm_dsa.compat",), ("torch", "vllm")),
+    Layer(
+        ("vllm_dsa.metrics",),
+        ("vllm_dsa", "vllm_dsa.config", "vllm_dsa.cache", "vllm_dsa.backend", CONTRACTS, "vllm_dsa.kernels.dispatch"),
+        in_functions=("prometheus_client",),
+    ),
     Layer(SEAM, ("torch", *FACTS, *BYTES, *SEAM, "vllm_dsa.kernels*")),
     Layer(LAYERS, ("torch", *FACTS, *BYTES, *SEAM, CONTRACTS, "vllm_dsa.kernels.dispatch", *LAYERS)),
     Layer(
@@ -160,6 +165,8 @@ PLANTED = [
     ("backend", "from vllm_dsa import attention"),
     ("backend", "from vllm.config import VllmConfig"),
     ("platform", "def f():\n    from vllm_dsa.models import deepseek_v32"),
+    ("metrics", "import prometheus_client"),
+    ("metrics", "def f():\n    from vllm_dsa import attention"),
     ("compat", "import vllm_dsa.backend"),
     ("attention", "from vllm_dsa.kernels import cpu"),
     ("indexer", "from vllm_dsa.kernels.reference import select"),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_dsa import cache, checkpoint, compat
+from vllm_dsa import cache, checkpoint, compat, envs
 from vllm_dsa.config import ConfigError, DSAConfig
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "AXK2ForCausalLM")
@@ -44,6 +44,9 @@ def _served(previous: type) -> type:
                 treat_as_v32(vllm_config)
             if compat.current_platform.is_cpu():
                 enable_paged_features_on_cpu(vllm_config)
+            from vllm_dsa import metrics  # it loads what register() must not
+
+            metrics.publish(vllm_config, DSAConfig.from_hf(vllm_config.model_config.hf_config))
 
     return DSAModelConfig
 
@@ -68,10 +71,12 @@ def check(vllm_config: Any) -> None:
     """Refuse, by key and value, what this package would not serve right; settle the cache dtype."""
     model_config, cache_config = vllm_config.model_config, vllm_config.cache_config
     _refuse_unproven(vllm_config)
+    _refuse_dense(vllm_config)
     _fill_routing(model_config.hf_config)
     config = DSAConfig.from_hf(model_config.hf_config)
     drafts = _check_speculation(vllm_config, config)
     _refuse_parallel(vllm_config, config)
+    _refuse_quantisation(model_config)
     dtype = str(model_config.dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype} is refused: DSA layers run in bfloat16 or float32. Pass one of them.")
@@ -137,6 +142,22 @@ def _refuse_unproven(vllm_config: Any) -> None:
         )
 
 
+def _refuse_dense(vllm_config: Any) -> None:
+    """Refuse VLLM_DSA_DENSE=1 where kernels/dense.py would not be right."""
+    if not envs.VLLM_DSA_DENSE:
+        return
+    if not compat.current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
+        raise ConfigError(
+            "VLLM_DSA_DENSE=1 is refused on a GPU with CUDA graphs: a graph would go on reading as many keys as there "
+            "were when it was captured. Pass --enforce-eager."
+        )
+    if connector := _connector(vllm_config):
+        raise ConfigError(
+            f"VLLM_DSA_DENSE=1 is refused with KV connector {connector!r}: pages without index keys could reach a "
+            f"server that reads them. Remove --kv-transfer-config and --kv-offloading-size, or unset the variable."
+        )
+
+
 def _connector(vllm_config: Any) -> str | None:
     """Name of the KV connector that vLLM will take, if any."""
     if vllm_config.cache_config.kv_offloading_size is None:
@@ -198,7 +219,7 @@ def _store_name(vllm_config: Any, config: DSAConfig) -> str:
     model, cache_config = vllm_config.model_config, vllm_config.cache_config
     row = cache.FP8_DS_MLA if cache_config.cache_dtype == cache.FP8_DS_MLA else str(model.dtype).removeprefix("torch.")
     layout = cache.layout_name(row, config.latent_dim, config.index_head_dim, cache_config.block_size)
-    facts = hashlib.sha256(repr((model.model, model.revision, config)).encode()).hexdigest()
+    facts = hashlib.sha256(repr((model.model, model.revision, envs.VLLM_DSA_DENSE, config)).encode()).hexdigest()
     return f"{layout}-{facts[:16]}"
 
 
@@ -240,6 +261,18 @@ def _refuse_parallel(vllm_config: Any, config: DSAConfig) -> None:
             f"--data-parallel-size {parallel.data_parallel_size} is refused on a CPU: vLLM has no exchange of experts' "
             f"tokens there. Start several servers instead, or use --tensor-parallel-size."
         )
+
+
+def _refuse_quantisation(model_config: Any) -> None:
+    """Refuse NVFP4 where vLLM has no kernel for it, before it says so in words of its own."""
+    platform = compat.current_platform
+    if not model_config.is_nvfp4_quantized() or (platform.is_cuda() and platform.has_device_capability(75)):
+        return
+    raise ConfigError(
+        "quantization_config: NVFP4 is refused here: vLLM has kernels for it on NVIDIA GPUs of compute capability 7.5 "
+        "and newer only (below 10.0 they read 4-bit weights and compute in 16 bits). Serve it there, or serve the "
+        "model in bfloat16, FP8, AWQ, GPTQ or compressed-tensors W4A16."
+    )
 
 
 def _check_speculation(vllm_config: Any, config: DSAConfig) -> bool:
