@@ -118,20 +118,16 @@ def test_a_store_is_named_by_layout_and_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "LAYOUT_VERSION", cache.LAYOUT_VERSION + 1)
     newer = named(folder, block_size=64)
     monkeypatch.undo()
-    monkeypatch.setenv("VLLM_DSA_DENSE", "1")
-    dense = named(folder, block_size=64)
-    monkeypatch.undo()
     names = {
         plain,
         newer,
-        dense,
         named(folder, block_size=32),
         named(folder, block_size=64, kv_cache_dtype="fp8_ds_mla"),
         named(folder, block_size=64, dtype="bfloat16"),
         named(folder, block_size=64, hf_overrides={"index_topk": 32}),
         named(tmp_path, block_size=64),
     }
-    assert len(names) == 8
+    assert len(names) == 7
     assert named(folder) == plain, "the block size was settled after the name"
 
 

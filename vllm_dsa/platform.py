@@ -219,7 +219,7 @@ def _store_name(vllm_config: Any, config: DSAConfig) -> str:
     model, cache_config = vllm_config.model_config, vllm_config.cache_config
     row = cache.FP8_DS_MLA if cache_config.cache_dtype == cache.FP8_DS_MLA else str(model.dtype).removeprefix("torch.")
     layout = cache.layout_name(row, config.latent_dim, config.index_head_dim, cache_config.block_size)
-    facts = hashlib.sha256(repr((model.model, model.revision, envs.VLLM_DSA_DENSE, config)).encode()).hexdigest()
+    facts = hashlib.sha256(repr((model.model, model.revision, config)).encode()).hexdigest()
     return f"{layout}-{facts[:16]}"
 
 
