@@ -1,15 +1,19 @@
-"""Rows that see at most index_topk keys, attended to densely; and the warm-up that compiles kernels before requests."""
+"""Rows that see at most index_topk keys, attended to densely; VLLM_DSA_DENSE=1, which does so with all rows; and the
+warm-up that compiles kernels before requests."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from engine import engine
+from oracle import Oracle
 from test_metadata import int32
 from tiny_checkpoint import write_random
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_dsa import attention
+from vllm_dsa.backend import kernel_request
+from vllm_dsa.kernels import dispatch
 from vllm_dsa.metadata import Rows, between, build_rows, dense_parts, without
 
 TOP_K = 32
@@ -109,6 +113,20 @@ def test_a_dense_fault_is_seen(running, monkeypatch, fault):
 def logprobs_without(running, monkeypatch) -> torch.Tensor:
     monkeypatch.undo()
     return logprobs(running)
+
+
+def test_the_dense_mode_equals_a_selection_of_everything(running, monkeypatch, tmp_path):
+    """And neither reads nor writes the index-key caches."""
+    write_random(tmp_path, **SIZES | dict(index_topk=4096))
+    oracle = Oracle(tmp_path)
+    want = torch.cat([oracle.prompt_logprobs(prompt) for prompt in PROMPTS])
+    assert (logprobs(running) - want).abs().max() > 1e-2
+    monkeypatch.setenv("VLLM_DSA_DENSE", "1")
+    for layer in running.layers:
+        monkeypatch.setattr(layer, "kernels", dispatch.choose(kernel_request(layer.vllm_config, layer.config)))
+        layer.indexer.cache.kv_cache.fill_(0xFF)
+    assert (logprobs(running) - want).abs().max() < 1e-4
+    assert all((layer.indexer.cache.kv_cache == 0xFF).all() for layer in running.layers)
 
 
 def test_warm_up_runs_every_kernel_and_changes_nothing(running, monkeypatch):

@@ -4,6 +4,8 @@ The checkpoint can think and call a tool (planted_tools.py). ``ask`` puts every 
 """
 
 import json
+import re
+import urllib.request
 
 import openai
 import pytest
@@ -99,6 +101,13 @@ def test_chat_answers_right(client):
         assert reply.choices[0].message.content.strip() == prompt.answer
         assert reply.choices[0].finish_reason == "stop"
         assert reply.usage.prompt_tokens == length
+
+
+def test_metrics_say_what_serves(server):
+    with urllib.request.urlopen(f"{server.base_url}/metrics", timeout=30) as reply:
+        (line,) = re.findall(r"^vllm_dsa_info{.*} 1.0$", reply.read().decode(), re.MULTILINE)
+    for label in (f'model_name="{MODEL}"', 'cache="float32"', 'index_topk="16"', 'select="cpu"', 'attend="cpu"'):
+        assert label in line
 
 
 def test_streaming_is_the_same(client):
