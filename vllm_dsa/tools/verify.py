@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         from vllm_dsa.tools import canary
 
         return canary.run(args)
+    if envs.VLLM_DSA_DENSE:
+        raise UserError("VLLM_DSA_DENSE=1 leaves out what this checks. Unset it.")
     if args.checkpoint:
         from vllm_dsa.tools import layouts
 
