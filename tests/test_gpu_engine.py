@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -49,9 +50,37 @@ def planted(tmp_path_factory) -> dict[int, Path]:
 def running(path: Path, **options: Any) -> Iterator[Any]:
     from engine import engine
 
-    defaults = dict(dtype="bfloat16", block_size=64, kv_cache_memory_bytes=2 << 30, max_model_len=8192)
+    defaults = dict(dtype="bfloat16", block_size=64, max_model_len=8192)
+    defaults |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 << 30)  # others use this GPU as well
     with engine(path, **defaults | options) as found:
         yield found
+
+
+def in_a_process_each(calls: dict[str, tuple[str, dict, dict[str, str]]]) -> dict[str, Any]:
+    """By name, what a function of this file returns: (function, its arguments, environment). All at once."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(
+        [str(here), str(here.parent / "examples"), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    processes, results = {}, {}
+    with TemporaryDirectory() as folder:
+        try:
+            for name, (function, arguments, environment) in calls.items():
+                with open(f"{folder}/{name}", "w") as log:
+                    processes[name] = subprocess.Popen(
+                        [sys.executable, __file__, function, json.dumps(arguments)],
+                        env=os.environ | {"PYTHONPATH": paths} | environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+            for name, process in processes.items():
+                status, printed = process.wait(timeout=240), Path(f"{folder}/{name}").read_text()
+                assert status == 0, f"{name}: {printed[-3000:]}"
+                results[name] = json.loads(next(x[7:] for x in printed.splitlines() if x.startswith("RESULT ")))
+        finally:
+            for process in processes.values():
+                process.kill()
+    return results
 
 
 def chat(length: int, seed: int) -> tuple[list[int], str]:
@@ -62,74 +91,71 @@ def chat(length: int, seed: int) -> tuple[list[int], str]:
     return build_tokenizer().encode(chat_text(prompt.text), add_special_tokens=False).ids, prompt.answer
 
 
-@pytest.fixture
-def replays(monkeypatch) -> list[int]:
-    """Graph replays so far, in its one element."""
+def mixed_schedule(path: str, **options: Any) -> dict[str, Any]:
+    """Seven short prompts and a long one, in steps of 3 to 600 tokens: tokens, their log-probabilities and answers of
+    each, and (graph replays, tokens, requests) of each step."""
+    from vllm import SamplingParams
+
     count, replay = [0], torch.cuda.CUDAGraph.replay
 
     def counted(graph: torch.cuda.CUDAGraph) -> None:
         count[0] += 1
         replay(graph)
 
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
-    return count
+    torch.cuda.CUDAGraph.replay = counted
+    with running(Path(path), max_num_batched_tokens=600, **options) as found:
+        assert "select: vendor, attend: vendor" in found.layers[0].kernels.summary
+        engine, steps, outputs = found.llm.llm_engine, [], {}
+        for i, length in enumerate(LENGTHS):
+            many = 40 + 5 * i
+            params = SamplingParams(max_tokens=many, min_tokens=many, ignore_eos=True, logprobs=0, temperature=0)
+            engine.add_request(str(i), {"prompt_token_ids": chat(length, length)[0]}, params)
+        while engine.has_unfinished_requests():
+            before, known = count[0], len(found.steps)
+            for output in engine.step():
+                outputs[output.request_id] = output.outputs[0]
+            steps += [(count[0] - before, sum(step.values()), len(step)) for step in found.steps[known:] if step]
+        found_outputs = [outputs[str(i)] for i in range(len(LENGTHS))]
+        return {
+            "steps": steps,
+            "tokens": [list(o.token_ids) for o in found_outputs],
+            "scores": [[s[t].logprob for s, t in zip(o.logprobs, o.token_ids, strict=True)] for o in found_outputs],
+            "answers": [o.text.split()[0] for o in found_outputs],
+        }
 
 
-GRAPHS = {
-    "none": dict(enforce_eager=True),
-    "piecewise": dict(enforce_eager=False, compilation_config={"cudagraph_mode": "PIECEWISE"}),
-    "full": dict(enforce_eager=False, compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE"}),
-}
-SIZES = [1, 2, 4, 8, 64, 256, 600]
+LENGTHS = (1150, 1200, 1250, 1300, 1400, 1500, 1700, 6000)
+GRAPHS = {"none": "NONE", "piecewise": "PIECEWISE", "full": "FULL_AND_PIECEWISE"}
 
 
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("heads", [16, 128])
-def test_graphs_change_nothing(heads, kind, planted, replays):
-    """One schedule of seven short prompts and a long one, in steps of 3 to 600 tokens, without graphs and with both."""
-    from vllm import SamplingParams
-
-    prompts = [chat(length, length) for length in (1150, 1200, 1250, 1300, 1400, 1500, 1700, 6000)]
-    params = [
-        SamplingParams(max_tokens=40 + 5 * i, min_tokens=40 + 5 * i, ignore_eos=True, logprobs=0) for i in range(8)
-    ]
-    results = {}
+def test_graphs_change_nothing(heads, kind, planted):
+    """One mixed schedule without CUDA graphs, with piecewise ones and with full ones of decode steps."""
+    calls = {}
     for name, mode in GRAPHS.items():
-        mode = json.loads(json.dumps(mode))
-        if "compilation_config" in mode:
-            mode["compilation_config"]["cudagraph_capture_sizes"] = SIZES
-        with running(planted[heads], kv_cache_dtype=kind, max_num_batched_tokens=600, **mode) as found:
-            assert "select: vendor, attend: vendor" in found.layers[0].kernels.summary
-            engine, per_step, outputs = found.llm.llm_engine, [], {}
-            for i, (ids, _) in enumerate(prompts):
-                params[i].temperature = 0
-                engine.add_request(str(i), {"prompt_token_ids": ids}, params[i])
-            while engine.has_unfinished_requests():
-                before, steps = replays[0], len(found.steps)
-                for output in engine.step():
-                    outputs[output.request_id] = output.outputs[0]
-                per_step += [(replays[0] - before, sum(s.values()), len(s)) for s in found.steps[steps:] if s]
-            results[name] = [
-                (list(o.token_ids), [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)], o.text)
-                for _, o in sorted(outputs.items())
-            ]
-            counts = {(n, "decode" if tokens == requests else "mixed") for n, tokens, requests in per_step}
-            print(f"{name}: {len(per_step)} steps, replays by kind of step {sorted(counts)}")
-            assert {"decode", "mixed"} == {kind for _, kind in counts}
-            pieces = {n for n, kind in counts}
-            if name == "none":
-                assert pieces == {0}
-            if name == "piecewise":
-                assert min(pieces) > 1
-            if name == "full":
-                assert {n for n, kind in counts if kind == "decode"} == {1}
-                assert min(n for n, kind in counts if kind == "mixed") > 1
-            assert [r[2].split()[0] for r in results[name]] == [answer for _, answer in prompts]
+        options = dict(path=str(planted[heads]), kv_cache_dtype=kind, enforce_eager=name == "none")
+        if name != "none":
+            sizes = [1, 2, 4, 8, 64, 256, 600]
+            options["compilation_config"] = {"cudagraph_mode": mode, "cudagraph_capture_sizes": sizes}
+        calls[name] = ("mixed_schedule", options, {})
+    results = in_a_process_each(calls)
+    for name, result in results.items():
+        replays = {
+            kind: sorted({n for n, tokens, requests in result["steps"] if (tokens == requests) == (kind == "decode")})
+            for kind in ("decode", "mixed")
+        }
+        print(f"{heads} heads, {kind}, {name}: {len(result['steps'])} steps, graph replays a step {replays}")
+        pieces = 3  # before, between and after the attention of two layers
+        want = {"none": (0, 0), "piecewise": (pieces, pieces), "full": (1, pieces)}[name]
+        assert replays == {"decode": [want[0]], "mixed": [want[1]]}
+        assert result["answers"] == [chat(length, length)[1] for length in LENGTHS]
     for name in ("piecewise", "full"):
-        for (tokens, scores, _), (want, wanted, _) in zip(results[name], results["none"], strict=True):
-            assert tokens == want, name
-            difference = max(abs(a - b) for a, b in zip(scores, wanted, strict=True))
-            assert difference <= 2e-2, (name, difference)  # GEMMs of padded batches round otherwise
+        assert [step[1:] for step in results[name]["steps"]] == [step[1:] for step in results["none"]["steps"]]
+        assert results[name]["tokens"] == results["none"]["tokens"]
+        got, want = (torch.tensor(sum(results[each]["scores"], [])) for each in (name, "none"))
+        print(f"{heads} heads, {kind}, {name}: log-probabilities differ by at most {(got - want).abs().max():.1e}")
+        assert (got - want).abs().max() <= 2e-2  # products of padded batches round otherwise
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
@@ -165,8 +191,8 @@ def test_memory_and_compilation(tmp_path, monkeypatch):
     """64 requests of 128k tokens take no more memory than was profiled, and nothing is compiled after the start."""
     for name in ("TRITON_CACHE_DIR", "DG_JIT_CACHE_DIR", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    sizes = dict(num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=16, num_nextn_predict_layers=0)
-    sizes |= dict(first_k_dense_replace=2, intermediate_size=2048, vocab_size=4096, quantization_config=None)
+    sizes = dict(num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=16, num_nextn_predict_layers=0)
+    sizes |= dict(first_k_dense_replace=1, intermediate_size=2048, vocab_size=4096, quantization_config=None)
     options = dict(
         kv_cache_memory_bytes=None, gpu_memory_utilization=0.5, load_format="dummy", skip_tokenizer_init=True
     )
@@ -203,15 +229,18 @@ def test_memory_and_compilation(tmp_path, monkeypatch):
     assert not late
 
 
-SCORES = """
-import json, sys
-sys.path[:0] = {paths!r}
-from engine import engine
-with engine({model!r}, dtype="bfloat16", block_size=64, kv_cache_memory_bytes=2 << 30, max_model_len=8192,
-            max_num_batched_tokens=4096, kv_cache_dtype={kind!r}, enforce_eager=True) as found:
-    print("MODEL", type(found.model).__module__)
-    print("SCORES", json.dumps([x.tolist() for x in found.prompt_logprobs(json.loads({prompts!r}))]))
-"""
+def prompt_scores(path: str, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
+    """Log-probabilities of the prompts' tokens, and whose model it is."""
+    with running(Path(path), max_num_batched_tokens=4096, enforce_eager=True, **options) as found:
+        scores = [score.tolist() for score in found.prompt_logprobs(prompts)]
+        return {"module": type(found.model).__module__, "scores": sum(scores, [])}
+
+
+def assert_close(name: str, got: list[float], want: list[float]) -> None:
+    difference = (torch.tensor(got) - torch.tensor(want)).abs()
+    p50, p90 = difference.median(), difference.quantile(0.9)
+    print(f"{name}, {len(difference)} tokens: p50 {p50:.1e} p90 {p90:.1e} max {difference.max():.1e}")
+    assert p50 <= BFLOAT16_LIMITS[0] and p90 <= BFLOAT16_LIMITS[1]
 
 
 @pytest.mark.parametrize("heads", [16, 128])
@@ -220,31 +249,69 @@ def test_as_stock(heads, tmp_path):
     from tiny_checkpoint import write_random
 
     sizes = dict(num_hidden_layers=4, first_k_dense_replace=4, num_attention_heads=heads, index_n_heads=64)
-    sizes |= dict(hidden_size=1024, q_lora_rank=1536)
-    config = write_random(tmp_path / "model", dtype="bfloat16", index_topk=2048, num_nextn_predict_layers=0, **sizes)
+    sizes |= dict(hidden_size=1024, q_lora_rank=1536, index_topk=2048, num_nextn_predict_layers=0)
+    config = write_random(tmp_path / "model", dtype="bfloat16", **sizes)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(10, config["vocab_size"], (n,), generator=generator).tolist() for n in (600, 3000, 6000)]
-    here = Path(__file__).parent
-    code = SCORES.format(
-        paths=[str(here), str(here.parent / "examples"), str(here.parent)],
-        model=str(tmp_path / "model"),
-        kind="fp8_ds_mla",
-        prompts=json.dumps(prompts),
-    )
-    scores, models = {}, {}
-    for name, disabled in (("stock", "1"), ("plugin", "0")):
-        environment = os.environ | {"VLLM_DSA_DISABLE": disabled}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        printed = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("MODEL", "SCORES")))
-        models[name], scores[name] = printed["MODEL"], torch.tensor(sum(json.loads(printed["SCORES"]), []))
-    assert models["plugin"].startswith("vllm_dsa.") and not models["stock"].startswith("vllm_dsa."), models
-    difference = (scores["stock"] - scores["plugin"]).abs()
-    p50, p90 = difference.median(), difference.quantile(0.9)
-    print(f"{heads} heads, {len(difference)} tokens: p50 {p50:.1e} p90 {p90:.1e} max {difference.max():.1e}")
-    assert p50 <= BFLOAT16_LIMITS[0] and p90 <= BFLOAT16_LIMITS[1]
+    arguments = dict(path=str(tmp_path / "model"), prompts=prompts, kv_cache_dtype="fp8_ds_mla")
+    calls = {
+        name: ("prompt_scores", arguments, {"VLLM_DSA_DISABLE": disable})
+        for name, disable in (("stock", "1"), ("plugin", "0"))
+    }
+    results = in_a_process_each(calls)
+    modules = {name: result["module"].split(".")[0] for name, result in results.items()}
+    assert modules == {"stock": "vllm", "plugin": "vllm_dsa"}
+    assert_close(f"{heads} heads", results["plugin"]["scores"], results["stock"]["scores"])
+
+
+def environment(**values: str) -> dict[str, str]:
+    """What a server starts with, whatever an engine in this process has set."""
+    return dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_DSA_REQUIRED": "1"} | values
+
+
+SERVE = ["--dtype=bfloat16", "--block-size=64", "--served-model-name=served", "--max-num-seqs=8"]
+SERVE += ["--gpu-memory-utilization=0.1", f"--kv-cache-memory-bytes={2 << 30}"]
+SERVE += ["--compilation-config", json.dumps({"cudagraph_capture_sizes": [1, 8]})]
+
+
+def test_serve_through_triton(planted):
+    """The planted checkpoint of DeepSeek-V3.2's attention sizes, without the vendor's kernels, over HTTP."""
+    import openai
+    from tiny_checkpoint import build_prompt
+
+    from vllm_dsa.testing.server import serve
+
+    with serve(planted[128], *SERVE, env=environment(VLLM_DSA_PROVIDER="triton"), timeout=240) as server:
+        assert "select: triton, attend: triton" in server.log()
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
+        for length in (1200, 3000, 6000):
+            prompt = build_prompt(length, length, chat=True, copies=TOP_K)
+            messages = [{"role": "user", "content": prompt.text}]
+            reply = client.chat.completions.create(model="served", messages=messages, temperature=0, max_tokens=4)
+            assert reply.choices[0].message.content.strip() == prompt.answer
+
+
+def test_serve_latents_of_128_and_32(tmp_path):
+    """A.X-K2-Light's latents through `vllm serve`: log-probabilities by Triton and by the reference."""
+    import openai
+    from tiny_checkpoint import write_random
+
+    from vllm_dsa.testing.server import serve
+
+    sizes = dict(num_hidden_layers=2, first_k_dense_replace=2, num_attention_heads=32, index_n_heads=16)
+    sizes |= dict(kv_lora_rank=128, qk_rope_head_dim=32, index_topk=256, hidden_size=512)
+    config = write_random(tmp_path, dtype="bfloat16", family="axk2", rope_scaling=None, **sizes)
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(10, config["vocab_size"], (1500,), generator=generator).tolist()
+    scores = {}
+    for provider in ("triton", "reference"):
+        options = [*SERVE, "--max-model-len=4096"] + ["--enforce-eager"] * (provider == "reference")
+        with serve(tmp_path, *options, env=environment(VLLM_DSA_PROVIDER=provider), timeout=240) as server:
+            assert f"select: {provider}, attend: {provider}" in server.log()
+            client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
+            reply = client.completions.create(model="served", prompt=prompt, max_tokens=1, echo=True, logprobs=0)
+            scores[provider] = reply.choices[0].logprobs.token_logprobs[1:1500]
+    assert_close("128 + 32", scores["triton"], scores["reference"])
 
 
 def test_a_chat_of_138000_tokens(tmp_path):
@@ -257,17 +324,20 @@ def test_a_chat_of_138000_tokens(tmp_path):
     longest = 163840
     sizes = dict(index_topk=TOP_K, num_attention_heads=16, index_n_heads=64)
     write_planted(tmp_path, check=False, dtype="bfloat16", **sizes)
-    options = ["--dtype=bfloat16", f"--max-model-len={longest}", "--kv-cache-dtype=fp8_ds_mla", "--block-size=64"]
-    options += ["--served-model-name=planted", f"--kv-cache-memory-bytes={2 << 30}", "--max-num-seqs=8"]
-    options += ["--compilation-config", json.dumps({"cudagraph_capture_sizes": [1, 8]})]
-    with serve(tmp_path, *options, env={"VLLM_DSA_REQUIRED": "1"}, timeout=300) as server:
+    options = [*SERVE, f"--max-model-len={longest}", "--kv-cache-dtype=fp8_ds_mla"]
+    with serve(tmp_path, *options, env=environment(), timeout=240) as server:
         assert "select: vendor, attend: vendor" in server.log()
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
         # The planted patterns' slow frequencies have turned too far between facts at the start and the question.
         prompt = build_prompt(138000, 138, chat=True, copies=TOP_K, placement="last")
         messages = [{"role": "user", "content": prompt.text}]
-        reply = client.chat.completions.create(model="planted", messages=messages, temperature=0, max_tokens=4)
+        reply = client.chat.completions.create(model="served", messages=messages, temperature=0, max_tokens=4)
         assert (reply.usage.prompt_tokens, reply.choices[0].message.content.strip()) == (138000, prompt.answer)
-        client.completions.create(model="planted", prompt=[11] * (longest - 1), max_tokens=1)
+        client.completions.create(model="served", prompt=[11] * (longest - 1), max_tokens=1)
         with pytest.raises(openai.BadRequestError, match=str(longest)):
-            client.completions.create(model="planted", prompt=[11] * (longest + 1), max_tokens=1)
+            client.completions.create(model="served", prompt=[11] * (longest + 1), max_tokens=1)
+
+
+if __name__ == "__main__":
+    function, arguments = sys.argv[1:]
+    print("RESULT", json.dumps(globals()[function](**json.loads(arguments))))

@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-WIDE = replace(V32, dtype=torch.bfloat16, latent_kind=cache.FP8_DS_MLA)
+# FlashMLA's decode kernel reads 16 bytes at a time: pages are 16 bytes, or whole bfloat16 rows, apart.
+WIDE = replace(V32, dtype=torch.bfloat16, latent_kind=cache.FP8_DS_MLA, page_padding=656)
 LARGE = (
     replace(WIDE, name="8 heads", requests=((5000, 3), (2040, 16), (1, 1)), heads=8, padding_rows=2),
     replace(WIDE, name="32 heads", requests=((4096, 2), (9000, 1)), heads=32, block_size=16),
@@ -239,12 +240,12 @@ VENDOR = (
     *(
         replace(WIDE, name=f"{heads} heads {kind}", requests=STEP, heads=heads, latent_kind=kind, page_padding=padding)
         for heads in (8, 16, 32, 64, 128)
-        for kind, padding in ((cache.FP8_DS_MLA, 8), ("auto", 0))  # FlashMLA reads bfloat16 pages whole rows apart
+        for kind, padding in ((cache.FP8_DS_MLA, 656), ("auto", 576))
     ),
     replace(WIDE, name="32 index heads", requests=STEP, heads=64, index_heads=32, index_interleaved=True),
     replace(WIDE, name="longest 16", requests=((163838, 2), (163838, 1)), heads=16),
     replace(WIDE, name="longest 128", requests=((163838, 2), (163838, 1)), heads=128),
-    replace(WIDE, name="longest bf16", requests=((163838, 2),), heads=128, latent_kind="auto", page_padding=0),
+    replace(WIDE, name="longest bf16", requests=((163838, 2),), heads=128, latent_kind="auto", page_padding=576),
 )
 
 

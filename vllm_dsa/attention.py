@@ -162,7 +162,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
         """Run _step on made-up caches, so that every kernel is compiled before the first request: a prefill that
-        selects, one that does not, and a decode."""
+        selects, one that does not, one decode, and many."""
         top_k, device = self.config.index_topk, positions.device
         block_size = self.vllm_config.cache_config.block_size
         blocks = -(-(top_k + WARM_ROWS) // block_size)
@@ -174,7 +174,12 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         width = max(blocks, -(-self.vllm_config.model_config.max_model_len // block_size))
         table = torch.zeros(1, width, dtype=torch.int32, device=device)
         table[0, :blocks] = torch.arange(blocks, dtype=torch.int32, device=device)
-        for first, count, decodes in ((top_k, WARM_ROWS, 0), (0, WARM_ROWS, 0), (top_k, 1, 1)):
+        for first, count, decodes in (
+            (top_k, WARM_ROWS, 0),
+            (0, WARM_ROWS, 0),
+            (top_k, 1, 1),
+            (top_k, WARM_ROWS, WARM_ROWS),
+        ):
             count = min(count, len(positions))
             rows = Rows(
                 requests=torch.zeros(count, dtype=torch.int32, device=device),
@@ -183,7 +188,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
                 block_size=block_size,
                 starts=(0, count),
                 ends=(first + count,),
-                decodes=decodes,
+                decodes=min(decodes, count),
             )
             slots = torch.full((count,), -1, dtype=torch.int64, device=device)
             _step(self, DSAMetadata(rows, slots, count), torch.zeros_like(positions), *tensors)

@@ -26,8 +26,9 @@ from vllm_dsa.metadata import Rows
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
-# Up to so many heads Triton's kernels are the faster ones (H200, 2026-11-22).
-TRITON_DECODE_HEADS, TRITON_PREFILL_HEADS = 16, 32
+# Up to so many heads Triton's kernels are the faster ones; over fp8_ds_mla, from so many decodes on. Measured: H200,
+# 2026-11-22.
+TRITON_PREFILL_HEADS, TRITON_DECODE_HEADS, TRITON_DECODE_ROWS = 32, 16, 32
 DENSE_ROWS = 256  # below, up-projecting the keys costs more than attending to all heads' values in the latents
 
 
@@ -52,7 +53,7 @@ def library_refusals() -> list[str]:
 
 def query_heads(request: Any) -> int:
     """Heads to allocate a query buffer with, so that no kernel here has to pad it."""
-    if request.latent_kind != cache.FP8_DS_MLA or request.num_heads <= TRITON_DECODE_HEADS:
+    if request.latent_kind != cache.FP8_DS_MLA:
         return request.num_heads
     return next(n for n in DECODE_HEADS if n >= request.num_heads)
 
@@ -186,7 +187,8 @@ def attend(
     tokens, heads = out.shape[:2]
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     step = (query, latent_cache, rows, selected, scale, out, lse)
-    if heads <= TRITON_DECODE_HEADS:
+    many = rows.decodes >= TRITON_DECODE_ROWS or latent_cache.dtype != torch.uint8
+    if heads <= TRITON_DECODE_HEADS and many:
         triton_attend.attend_decodes(*step)
     elif rows.decodes:
         _attend_decodes(*step)
