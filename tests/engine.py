@@ -90,7 +90,7 @@ def engine(path: str | Path, **options: Any) -> Iterator[Engine]:
 
 @contextmanager
 def unloaded(path: str | Path, **options: Any) -> Iterator[tuple[torch.nn.Module, VllmConfig]]:
-    """The model that vLLM would load a checkpoint into, its parameters NaN, and the config; no engine."""
+    """The model that vLLM would load a checkpoint into, its parameters NaN (integers -1), and the config; no engine."""
     config = EngineArgs(model=str(path), **{**DEFAULTS, **options}).create_engine_config()
     try:
         with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
@@ -98,7 +98,7 @@ def unloaded(path: str | Path, **options: Any) -> Iterator[tuple[torch.nn.Module
             initialize_model_parallel()
             model = initialize_model(vllm_config=config)
             for parameter in model.parameters():
-                parameter.data.fill_(torch.nan)
+                parameter.data.fill_(torch.nan if parameter.is_floating_point() else -1)
             yield model, config
     finally:
         cleanup_dist_env_and_memory()

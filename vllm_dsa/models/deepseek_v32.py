@@ -34,7 +34,7 @@ from vllm_dsa.compat import (
     repack_experts,
     vllm_version,
 )
-from vllm_dsa.config import DSAConfig
+from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.quant import DequantisedFp8Config, dequantised, exclude_fused, unpacked
 
@@ -68,7 +68,13 @@ class DecoderLayer(nn.Module):
                 prefix=f"{prefix}.mlp",
             )
         else:
-            self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
+            try:
+                self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
+            except NotImplementedError as error:
+                raise ConfigError(
+                    f"quantization_config: vLLM has no kernel here for experts in this format ({error}). Experts of 4 "
+                    f"bits need an NVIDIA GPU, or an x86 CPU with AMX."
+                ) from error
         self.input_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
 
