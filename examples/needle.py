@@ -149,7 +149,9 @@ def draw(found: Sequence[dict], title: str, path: Path) -> None:
     for axis, (keys, (lengths, depths, shares)) in zip(axes[0], panels.items(), strict=True):
         image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for row, column in ((i, j) for i in range(len(depths)) for j in range(len(lengths))):
-            axis.text(column, row, f"{shares[row][column]:.0%}", ha="center", va="center", fontsize="small")
+            share = shares[row][column]
+            color = "white" if abs(share - 0.5) > 0.35 else "black"
+            axis.text(column, row, f"{share:.0%}", ha="center", va="center", color=color)
         axis.set(title=_keys(keys), xlabel="tokens of prompt", ylabel="depth of the needle")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])

@@ -1,6 +1,7 @@
 """What is switched off to compare answers: the sparsity (VLLM_DSA_DENSE=1), or its extent (index_topk)."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,13 @@ CASES = ("prefill", "mixed", "at top_k", "decode", "one head", "no request", "no
 SIZES = dict(num_attention_heads=2, index_n_heads=8, index_topk=16, num_hidden_layers=3)
 
 
-def written(case: Case) -> Inputs:
-    inputs = build(case)
+on_a_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and find_spec("vllm")), reason="needs a CUDA device and vLLM's CUDA build"
+)
+
+
+def written(case: Case, device: str = "cpu") -> Inputs:
+    inputs = build(case, device)
     reference.write_keys(*inputs.keys())
     reference.write_queries(*inputs.queries())
     return inputs
@@ -30,16 +36,18 @@ def written(case: Case) -> Inputs:
 
 def wanted(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and log-sum-exp over all keys, by the reference."""
-    positions = torch.arange(max(inputs.rows.ends, default=1), dtype=torch.int32).expand(case.tokens, -1)
-    everything = torch.where(positions < inputs.rows.lengths.unsqueeze(1), positions, -1)
-    values = torch.empty(case.tokens, case.heads, case.rank, dtype=case.dtype)
+    lengths = inputs.rows.lengths.unsqueeze(1)
+    positions = torch.arange(max(inputs.rows.ends, default=1), dtype=torch.int32, device=lengths.device)
+    everything = torch.where(positions < lengths, positions, -1)
+    values = torch.empty(case.tokens, case.heads, case.rank, dtype=case.dtype, device=lengths.device)
     lse = reference.attend(inputs.query, inputs.latent_cache, inputs.rows, everything, inputs.scale, values)
     return values, lse
 
 
 def check(case: Case, inputs: Inputs, rows=None) -> None:
-    values = torch.full((case.tokens, case.heads, case.rank), float("nan"), dtype=case.dtype)
-    nothing = torch.full((case.tokens, case.top_k), -1, dtype=torch.int32)
+    device = inputs.query.device
+    values = torch.full((case.tokens, case.heads, case.rank), float("nan"), dtype=case.dtype, device=device)
+    nothing = torch.full((case.tokens, case.top_k), -1, dtype=torch.int32, device=device)
     lse = dense.attend(inputs.query, inputs.latent_cache, rows or inputs.rows, nothing, inputs.scale, values)
     want, want_lse = wanted(case, inputs)
     compare.assert_close("values", values, want, compare.TOLERANCE[case.dtype])
@@ -65,6 +73,15 @@ def test_the_devices_lengths_hold_where_the_hosts_exceed_them(one_thread):
 def test_bfloat16(one_thread):
     case = replace(BY_NAME["mixed"], name="mixed bfloat16", dtype=torch.bfloat16)
     check(case, written(case))
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*CASES, "published mixed"])
+def test_dense_on_a_gpu(name, dtype):
+    case = replace(BY_NAME[name], dtype=dtype)
+    check(case, written(case, "cuda"))
 
 
 def test_workspace_does_not_grow_with_the_step():
@@ -142,3 +159,24 @@ def test_another_index_topk_by_hf_overrides(folders):
     with engine(folders[16], hf_overrides={"index_topk": 48}) as running:
         assert within(differences(running, Oracle(folders[48]), asked), LIMITS["auto"])
         assert not within(differences(running, Oracle(folders[16]), asked), LIMITS["auto"])
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_dense_engine_on_a_gpu(tmp_path, monkeypatch):
+    """bfloat16, at sizes that the vendor's kernels would serve; graphs are refused."""
+    sizes = dict(num_attention_heads=16, index_n_heads=64, num_hidden_layers=3, dtype="bfloat16")
+    for top_k in (128, 4096):
+        write_random(tmp_path / str(top_k), index_topk=top_k, **sizes)
+    monkeypatch.setenv("VLLM_DSA_DENSE", "1")
+    options = dict(dtype="bfloat16", block_size=64, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 << 30)
+    with (
+        pytest.raises(ValueError, match="Pass --enforce-eager"),
+        engine(tmp_path / "128", **options, enforce_eager=False),
+    ):
+        pass
+    asked = prompts(config_of(tmp_path / "128"), multiples=(1, 4, 12))
+    with engine(tmp_path / "128", **options, max_num_batched_tokens=600) as running:
+        assert running.layers[0].kernels.summary.partition(" (")[0].endswith("select: dense, attend: dense")
+        difference = differences(running, Oracle(tmp_path / "4096"), asked)
+    assert within(difference, (1.7e-2, 8.7e-2))  # as in test_axk2.py
