@@ -33,7 +33,7 @@ def info(text: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("planted")
-    write_planted(path, check=False)
+    write_planted(path, check=False, first_k_dense_replace=2)  # no experts: a CPU runs these on one rank alone
     return path
 
 
@@ -93,12 +93,19 @@ with engine({str(tmp_path)!r}, **options, kv_cache_memory_bytes=2 << 30) as runn
 
 @pytest.mark.slow
 @pytest.mark.serve
-@pytest.mark.parametrize("options", [(), ("--api-server-count=2",), ("--disable-log-stats",)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--speculative-config", json.dumps(MTP)),
+        ("--api-server-count=2",),  # which gather their metrics from files
+        ("--data-parallel-size=2",),
+        ("--disable-log-stats",),  # which stays what it is
+    ],
+    ids=lambda options: options[0],
+)
 def test_a_server_shows_it(folder, options):
-    """Also with several API servers, which collect theirs from files; and --disable-log-stats stays what it is."""
-    speculation = ("--speculative-config", json.dumps(MTP), "--served-model-name=tiny", "--max-model-len=2048")
-    options = ("--dtype=float32", *options)
-    with serve(folder, *speculation, *options) as running:
+    options = ("--served-model-name=tiny", "--max-model-len=2048", "--dtype=float32", *options)
+    with serve(folder, *options) as running:
         body = json.dumps({"model": "tiny", "prompt": build_prompt(400, 1).text, "max_tokens": 4}).encode()
         request = urllib.request.Request(
             f"{running.base_url}/v1/completions", body, {"Content-Type": "application/json"}
