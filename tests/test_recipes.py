@@ -16,11 +16,14 @@ from planted_tools import add_tools
 from recipes import Serve
 from test_plan import MODELS
 from tiny_checkpoint import build_prompt, write_planted
+from vllm.config.load import LoadConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_dsa.checkpoint import CheckpointError, check
 from vllm_dsa.testing.server import initial_environment, serve
 from vllm_dsa.tools.main import main
 
@@ -96,6 +99,23 @@ def test_recipes_read_safetensors_only_and_ask_for_nothing_that_is_refused(lines
         assert args.kv_cache_dtype in ("auto", "fp8_ds_mla"), line
         assert not args.enable_lora and args.kv_transfer_config is None and args.hf_overrides in ({}, None), line
         assert args.decode_context_parallel_size == 1 and args.api_key is None, line
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    """A folder without safetensors is refused; in a download, which is not checked before, nobody looks for them."""
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["v32"]))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin and no safetensors file: pickled"):
+        check(tmp_path, MODELS["v32"])
+    assert main(["doctor", str(tmp_path)]) == 1
+
+    def files(load_format):
+        loader = DefaultModelLoader(LoadConfig(load_format=load_format))
+        return loader._prepare_weights(str(tmp_path), None, None, True, None)[1]
+
+    assert [Path(file).name for file in files("auto")] == ["pytorch_model.bin"], "vLLM itself would read it"
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        files("safetensors")
 
 
 def test_every_model_has_a_recipe():
