@@ -254,6 +254,27 @@ def test_an_old_deepgemm_beside_vllm_is_named(machine):
         assert set(report["providers"].values()) == {"vendor" if used else "triton"}
 
 
+def test_a_flash_mla_beside_vllm_serves_if_it_is_new_enough(machine):
+    """PyPI's package of that name has no sparse kernels; vLLM's copy serves then, if it is there."""
+    old = "def get_mla_metadata(lengths): ...\ndef flash_mla_with_kvcache(q, k_cache, tile_scheduler_metadata): ...\n"
+    new = "def get_mla_metadata(): ...\ndef flash_mla_sparse_fwd(q, kv, indices, topk_length=None, out=None): ...\n"
+    new += "def flash_mla_with_kvcache(q, tile_scheduler_metadata, is_fp8_kvcache, indices=None, out=None): ...\n"
+    for text, used in ((old, False), (new, True)):
+        machine.install("flash_mla", "1.0", {"flash_mla/__init__.py": "", "flash_mla/interface.py": text})
+        report = machine.report(status=0)
+        assert row(report, "FlashMLA")[0] == "ok"
+        assert ("installed beside vLLM" in row(report, "FlashMLA")[1]) == used
+        if not used:
+            said = row(report, "flash_mla")[1]
+            assert "it lacks flash_mla_sparse_fwd, indices of flash_mla_with_kvcache, is_fp8_kvcache of" in said
+            assert "vLLM's copy serves" in said
+        (machine.site / "vllm/_flashmla_C.abi3.so").unlink()
+        report = machine.report(status=0)
+        assert set(report["providers"].values()) == {"vendor" if used else "triton"}
+        assert used or "is too old" in row(report, "FlashMLA")[1]
+        (machine.site / "vllm/_flashmla_C.abi3.so").write_text("")
+
+
 # Models
 
 

@@ -4,11 +4,14 @@
 whose home or signature differs between the supported versions gets a function below the table.
 """
 
+import ast
+import functools
 import os
 import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SUPPORTED = ("0.32", "0.33")
@@ -143,8 +146,13 @@ def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, 
     )
 
 
-# The vendor libraries: FlashMLA is the copy inside vLLM, DeepGEMM one that is installed beside it, or else the copy.
+# The vendor libraries: those that are installed beside vLLM, if new enough, or else its copies.
 FLASH_MLA_FILES = ("_flashmla_C*.so", "_flashmla_extension_C*.so", "third_party/flashmla/flash_mla_interface.py")
+FLASH_MLA_ARGUMENTS = {
+    "get_mla_metadata": set[str](),
+    "flash_mla_with_kvcache": {"tile_scheduler_metadata", "is_fp8_kvcache", "indices", "out"},
+    "flash_mla_sparse_fwd": {"topk_length", "out"},
+}
 DEEP_GEMM_FILE = "third_party/deep_gemm/__init__.py"
 DEEP_GEMM_FUNCTIONS = ("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata")
 _OLD_SCORES = "DeepGEMM: vLLM 0.32 returns scores in another layout than 0.33, which is what was tested"
@@ -161,17 +169,56 @@ def vendor_refusals() -> list[str]:
     if vllm_version().startswith("0.32."):
         reasons.append(_OLD_SCORES)
     supported, reason = is_flashmla_sparse_supported()
-    if not supported:
-        reasons.append(f"FlashMLA: {reason}")
+    if not supported and not own_flash_mla():
+        reasons.append(f"FlashMLA: {reason}" + "".join(f"; {lack}" for lack in old_flash_mla()))
     if not is_deep_gemm_supported():
         reasons.append("DeepGEMM: the installed vLLM has no copy of it for this GPU")
     return reasons + old_deep_gemm_refusals()
 
 
+def _folder(package: str) -> Path | None:
+    spec = find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def own_flash_mla() -> Path | None:
+    """Folder of a FlashMLA that is installed beside vLLM and new enough: it serves then. Loads nothing."""
+    return None if old_flash_mla() else _folder("flash_mla")
+
+
+def old_flash_mla() -> list[str]:
+    """Why a FlashMLA beside vLLM is not used; empty if there is none, or it is. Loads nothing."""
+    folder = _folder("flash_mla")
+    if folder is None:
+        return []
+    found: dict[str, set[str]] = {}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(errors="replace"))):
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}
+    lacking = [name for name in FLASH_MLA_ARGUMENTS if name not in found]
+    for name, wanted in FLASH_MLA_ARGUMENTS.items():
+        lacking += [f"{argument} of {name}" for argument in sorted(wanted - found.get(name, wanted))]
+    return [f"the FlashMLA in {folder} is too old, it lacks {', '.join(lacking)}"] if lacking else []
+
+
+@functools.cache
+def _flash_mla() -> Any:
+    """The FlashMLA that serves: the three functions of FLASH_MLA_ARGUMENTS."""
+    if own_flash_mla():
+        return import_module("flash_mla")
+    from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+
+    return SimpleNamespace(
+        flash_mla_sparse_fwd=flash_mla_sparse_fwd,
+        flash_mla_with_kvcache=flash_mla_with_kvcache,
+        get_mla_metadata=get_mla_metadata,
+    )
+
+
 def own_deep_gemm() -> Path | None:
     """Folder of a DeepGEMM that is installed beside vLLM, which vLLM takes before its own copy. Loads nothing."""
-    spec = find_spec("deep_gemm")
-    return Path(spec.origin).parent if spec and spec.origin else None
+    return _folder("deep_gemm")
 
 
 def old_deep_gemm_refusals() -> list[str]:
@@ -191,8 +238,10 @@ def vendor_refusals_by_files(vllm: Path, version: str) -> list[str]:
     """vendor_refusals() as far as the files in vLLM's folder show, without loading any of them."""
     reasons = [_OLD_SCORES] if version.startswith("0.32.") else []
     absent = [name for name in FLASH_MLA_FILES if not any(vllm.glob(name))]
-    if absent:
-        reasons.append(f"FlashMLA: {vllm} has no {', '.join(absent)}")
+    if absent and not own_flash_mla():
+        reasons.append(
+            f"FlashMLA: {vllm} has no {', '.join(absent)}" + "".join(f"; {lack}" for lack in old_flash_mla())
+        )
     if os.environ.get("VLLM_USE_DEEP_GEMM", "1").strip() == "0":
         reasons.append("DeepGEMM: VLLM_USE_DEEP_GEMM=0 is set")
     if own_deep_gemm() is None and not any(vllm.glob(DEEP_GEMM_FILE)):
@@ -239,17 +288,13 @@ def gather_latents(pages: Any, latents: Any, table: Any, starts: Any, requests: 
 
 def flash_mla_schedule() -> Any:
     """An empty work schedule of FlashMLA's decode kernel; the first call that is given it fills it."""
-    from vllm.v1.attention.ops.flashmla import get_mla_metadata
-
-    return get_mla_metadata()[0]
+    return _flash_mla().get_mla_metadata()[0]
 
 
 def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule: Any, out: Any) -> tuple[Any, Any]:
     """Values [rows, 1, N, 512], in out where given, and log-sum-exp [rows, N, 1] of query [rows, 1, N, 576] over
     fp8_ds_mla slots."""
-    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache
-
-    return flash_mla_with_kvcache(
+    return _flash_mla().flash_mla_with_kvcache(
         q=query,
         k_cache=pages,
         block_table=None,
@@ -267,9 +312,7 @@ def flash_mla_decode(query: Any, pages: Any, slots: Any, scale: float, schedule:
 
 def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: Any, out: Any) -> Any:
     """Natural log-sum-exp [rows, N] of query [rows, N, 576] over latents [n, 1, 576]; values go to out [rows, N, 512]."""
-    from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd
-
-    return flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid, out=out)[2]
+    return _flash_mla().flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid, out=out)[2]
 
 
 def flash_attention(

@@ -276,9 +276,9 @@ def _libraries(vllm: VLLM | None, request: Request) -> Section:
     if request.device_type != "cuda" or vllm is None:
         return section
     reasons = compat.vendor_refusals_by_files(vllm.folder, vllm.version)
-    own = compat.own_deep_gemm()
+    own = {"FlashMLA": compat.own_flash_mla(), "DeepGEMM": compat.own_deep_gemm()}
     copies = vllm.folder / "third_party"
-    places = {"FlashMLA": copies / "flashmla", "DeepGEMM": own or copies / "deep_gemm"}
+    places = {"FlashMLA": own["FlashMLA"] or copies / "flashmla", "DeepGEMM": own["DeepGEMM"] or copies / "deep_gemm"}
     for name, place in places.items():
         mine = [reason.removeprefix(f"{name}: ") for reason in reasons if reason.startswith(f"{name}: ")]
         if mine:
@@ -287,10 +287,10 @@ def _libraries(vllm: VLLM | None, request: Request) -> Section:
         source = place / "__init__.py"
         text = source.read_text(errors="replace") if source.exists() else ""
         stated = re.search(r"__version__ = ['\"](.+?)['\"]", text)
-        whose = "installed beside vLLM, which takes it before its own copy" if place == own else "vLLM's copy"
+        whose = "installed beside vLLM, taken before vLLM's copy" if place == own[name] else "vLLM's copy"
         section.add(name, f"{stated[1] + ', ' if stated else ''}{whose}, {place}", "ok")
-    if find_spec("flash_mla"):
-        section.add("flash_mla", "a FlashMLA is installed beside vLLM; it is not used, vLLM calls its own copy")
+    for reason in compat.old_flash_mla():
+        section.add("flash_mla", f"{reason}; vLLM's copy serves", "note")
     return section
 
 
