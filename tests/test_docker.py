@@ -224,6 +224,9 @@ def test_services_budgets_and_policies_choose_the_pods(manifest):
         assert all(selector.items() <= label.items() for label in labels)
     (chosen,) = [label for label in labels if found["Service"]["spec"]["selector"].items() <= label.items()]
     assert chosen.get("role") in (None, "leader")
+    # LeaderWorkerSet makes a service of its own name, unless there is one; pods then would not find their leader.
+    names = {kind: document["metadata"]["name"] for kind, document in found.items()}
+    assert names["Service"] != names.get("LeaderWorkerSet")
     assert budget["maxUnavailable"] == 1
     replicas = (found.get("Deployment") or found["LeaderWorkerSet"])["spec"]["replicas"]
     assert replicas > budget["maxUnavailable"], "else the budget lets the last one go"
