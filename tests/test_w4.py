@@ -1,6 +1,7 @@
 """4-bit checkpoints: their bytes, the weights that are dequantised while loading, what is refused, and on a CPU the
 served model through vLLM's own kernels. On a GPU: test_gpu_w4.py."""
 
+import json
 import re
 
 import checkpoint_files as files
@@ -12,6 +13,7 @@ from engine import engine, load, unloaded
 from fp8_bytes import read
 from test_axk2 import BFLOAT16_LIMITS
 from test_model import config_of, prompts, within
+from test_plan import V32, W4A16, command
 from test_planted import answers, questions, words
 from test_platform import engine_config
 from tiny_checkpoint import check_planted
@@ -24,7 +26,8 @@ from write_4bit import FORMATS, quantise, write
 
 from vllm_dsa import checkpoint, quant
 from vllm_dsa.checkpoint import CheckpointError, wanted
-from vllm_dsa.config import ConfigError
+from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.tools import memory
 
 INTEGERS = ("awq", "gptq", "w4a16", "w4a16-zeros")
 SMALL = dict(index_n_heads=8, num_hidden_layers=2)
@@ -349,6 +352,19 @@ def test_every_tensor_is_where_it_belongs(form, left_out, tmp_path):
     parts = re.compile(r"model\.layers\.[01]\..*\.(qweight|scales|weight_packed|weight_scale|weight_zero_point)")
     packed = {name for name in stored if parts.fullmatch(name) and not quant.READ.search(name)}
     assert packed and packed <= placed
+    # What `vllm-dsa plan` counts is what was loaded; files also have shapes, and k_norm in bfloat16.
+    counted = memory.weights(folder, config_of(folder), DSAConfig.from_hf(config_of(folder)))
+    for part, mark in (("attention", r"attn\.(?!indexer)"), ("indexer", "indexer"), ("dense MLP", r"layers\.0\.mlp")):
+        loaded = sum(tensor.nbytes for name, tensor in found.items() if re.search(mark, name))
+        assert abs(counted.total(part) - loaded) <= 2048, part
+
+
+def test_plan_refuses_ranks_that_would_split_a_group(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(V32 | {"quantization_config": W4A16}))
+    done = command(tmp_path, "--gpu", "H100", "--num-gpus", 32)
+    message = "2048, over 32 ranks is no multiple of the 128 of a group that shares a scale. Pass --ep"
+    assert done.returncode == 2 and message in done.stderr, done.stdout + done.stderr
+    assert "made plain while loading" in command(tmp_path, "--gpu", "H100", "--num-gpus", 16).stdout
 
 
 # The served model, on a CPU

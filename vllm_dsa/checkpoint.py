@@ -22,6 +22,8 @@ AGAIN = "Download the checkpoint again."
 Shape = tuple[int, ...]
 _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
 _NAMED = 5  # names that a message lists
+# Modules whose weights are only read, and the MTP layer's eh_proj: loading makes them plain where they are packed.
+READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
 # Methods whose packed weights are known here by their names, and ModelOpt's; a weight's name and dtype -> what it needs
 # beside it.
 PACKED = ("awq", "gptq", "compressed-tensors")
@@ -76,6 +78,11 @@ class Wanted:
         return f"{stem}.weight" if self.packed and last in ("qweight", "weight_packed") else name
 
 
+def is_packed(method: str) -> bool:
+    """Is this quant_method one whose packed weights are known here by their names?"""
+    return method in PACKED or method.startswith("modelopt")
+
+
 def wanted(hf_config: Any) -> Wanted | None:
     """Tensors of a DSA model under the names that they have where they are plain.
 
@@ -86,7 +93,7 @@ def wanted(hf_config: Any) -> Wanted | None:
     block = packed = None
     if quantisation:
         method = _getter(quantisation)("quant_method") or ""
-        if method in PACKED or method.startswith("modelopt"):
+        if is_packed(method):
             packed = method
         else:
             block = _getter(quantisation)("weight_block_size")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, Wanted, unpaired
+from vllm_dsa.checkpoint import READ, SCALE_SUFFIX, CheckpointError, Wanted, unpaired
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -128,8 +128,6 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype)
         raise unpaired(waiting)
 
 
-# Modules whose weights are only read, and the MTP layer's eh_proj, which vLLM gets unquantised too.
-READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
 # Scales of an FP8 cache: fp8_ds_mla has scales of its own.
 CACHE_SCALE = re.compile(r"\.([kqv]|kv|k_cache|v_cache)_(scale|zero_point)$")
 GLOBAL_SCALE = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa|gate_proj|up_proj)\.(?:weight_scale_2|weight_global_scale)$")

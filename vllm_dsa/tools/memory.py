@@ -153,8 +153,16 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         key = ("MTP" if drafts else part, layer, "dropped" if dropped else _sharding(tensor, part))
         sizes[key] = sizes.get(key, 0) + size
 
+    asked = checkpoint.wanted({**hf_config, "quantization_config": None})
+    assert asked is not None  # plain weights always have published names
+    packed = is_packed(quantisation)
     if stored:
+        read = {f"{tensor[: found.end()]}weight" for tensor in stored if (found := checkpoint.READ.search(tensor))}
+        for tensor in read if packed else ():
+            add(tensor, math.prod(asked.shape(tensor) or ()) * models.DTYPE_BYTES[dtype])
         for tensor, entry in stored.items():
+            if packed and (checkpoint.READ.search(tensor) or tensor.endswith("g_idx")):
+                continue  # made plain while loading, or not loaded
             if entry.dtype not in STORED_BYTES:
                 raise checkpoint.CheckpointError(
                     f"tensor {tensor} in {entry.file} has dtype {entry.dtype}, whose size is not known here. Move the "
@@ -162,8 +170,6 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
                 )
             add(tensor, math.prod(entry.shape) * STORED_BYTES[entry.dtype])
     else:
-        asked = checkpoint.wanted({**hf_config, "quantization_config": None})
-        assert asked is not None  # plain weights always have published names
         for tensor, shape in (asked.required | asked.draft | asked.optional).items():
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))
     absorbed = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
@@ -175,6 +181,18 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
     plain = not quantisation or bool(_blocks(quantisation))
     source = f"the headers of {len({entry.file for entry in stored.values()})} files" if stored else "config.json"
     return Weights(sizes, name, source, exact=bool(stored) or plain)
+
+
+def is_packed(quantisation: Mapping[str, Any] | None) -> bool:
+    """Are weights in one of the packed formats that are loaded with names and shapes checked?"""
+    return bool(quantisation) and checkpoint.is_packed((quantisation or {}).get("quant_method") or "")
+
+
+def inputs_of_a_scale(quantisation: Mapping[str, Any]) -> int:
+    """Consecutive inputs of a weight that share a scale, and must lie on one rank; 1 where there are none."""
+    if block := _blocks(quantisation):
+        return block[1]
+    return _group(quantisation) if is_packed(quantisation) else 1
 
 
 def four_bit_experts(weights: Weights) -> Weights | None:
@@ -238,7 +256,8 @@ def _stored_bytes(tensor: str, shape: tuple[int, ...], quantisation: Mapping[str
     values = math.prod(shape)
     if tensor.endswith("e_score_correction_bias") or ".indexer.k_norm." in tensor:
         return values * 4
-    if quantisation and LINEAR.search(tensor) and not _left_out(tensor, quantisation):
+    packed = quantisation and LINEAR.search(tensor) and not _left_out(tensor, quantisation)
+    if quantisation and packed and (_blocks(quantisation) or not checkpoint.READ.search(tensor)):
         if block := _blocks(quantisation):
             return values + 4 * math.prod(math.ceil(n / b) for n, b in zip(shape, block, strict=True))
         return math.ceil(values * _bits(quantisation) / 8)
@@ -263,15 +282,11 @@ def _left_out(tensor: str, quantisation: Mapping[str, Any]) -> bool:
 
 def _bits(quantisation: Mapping[str, Any]) -> float:
     """Bits of one quantised value, with its share of the group's scale and zero point."""
-    groups = quantisation.get("config_groups") or {}
-    stated = [group.get("weights") or {} for group in groups.values() if isinstance(group, Mapping)]
-    bits = quantisation.get("bits") or quantisation.get("w_bit") or (stated[0].get("num_bits") if stated else None)
-    group = quantisation.get("group_size") or quantisation.get("q_group_size")
-    group = group or (stated[0].get("group_size") if stated else None)
-    named = f"{quantisation.get('quant_algo', '')} {quantisation.get('quant_method', '')}".lower()
+    stated, group = _stated(quantisation), _group(quantisation)
+    bits = quantisation.get("bits") or quantisation.get("w_bit") or stated.get("num_bits")
+    named = _named(quantisation)
     if "fp4" in named:
-        bits, group = 4, group or (32 if "mxfp4" in named else 16)
-        return float(bits + 8 / group)  # a scale is one byte
+        return 4 + 8 / group  # a scale is one byte
     if bits is None and "fp8" in named:
         bits = 8
     if not isinstance(bits, int) or not 1 <= bits <= 16:
@@ -279,5 +294,26 @@ def _bits(quantisation: Mapping[str, Any]) -> float:
             f"quantization_config: quant_method {quantisation.get('quant_method')!r} does not say how many bits a "
             f"weight takes. Download the safetensors files, whose headers do."
         )
-    zero = bits if quantisation.get("zero_point") else 0
-    return float(bits + (16 + zero) / group) if isinstance(group, int) and group > 0 else float(bits)
+    zero = bits if quantisation.get("zero_point") or stated.get("symmetric") is False else 0
+    return float(bits + (16 + zero) / group) if group > 1 else float(bits)
+
+
+def _stated(quantisation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What compressed-tensors says of weights in its first group of modules."""
+    groups = quantisation.get("config_groups") or {}
+    return next((group.get("weights") or {} for group in groups.values() if isinstance(group, Mapping)), {})
+
+
+def _named(quantisation: Mapping[str, Any]) -> str:
+    parts = [quantisation.get(key) or "" for key in ("quant_algo", "quant_method", "format")]
+    return " ".join(parts).lower()
+
+
+def _group(quantisation: Mapping[str, Any]) -> int:
+    """Consecutive inputs that share a scale; 1 where an output has one scale, or none is stated."""
+    group = (
+        quantisation.get("group_size") or quantisation.get("q_group_size") or _stated(quantisation).get("group_size")
+    )
+    if not group and "fp4" in (named := _named(quantisation)):
+        return 32 if "mxfp4" in named else 16
+    return group if isinstance(group, int) and group > 0 else 1

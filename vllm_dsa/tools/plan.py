@@ -195,11 +195,11 @@ def _layout(args: argparse.Namespace, config: DSAConfig) -> Layout:
 
 
 def _refuse_split_blocks(asked: Asked) -> None:
-    """FP8 weights are split over ranks by whole blocks of scales, or vLLM refuses to load them."""
+    """Quantised weights are split over ranks by whole blocks or groups of a scale, or vLLM refuses to load them."""
     layout, quantisation = asked.layout, asked.hf_config.get("quantization_config") or {}
-    block = (quantisation.get("weight_block_size") or [1])[0]
+    block = memory.inputs_of_a_scale(quantisation)
     width = asked.hf_config.get("moe_intermediate_size")
-    if asked.weights.format != "fp8" or not width:
+    if block == 1 or not width:
         return
     shared = width * (asked.hf_config.get("n_shared_experts") or 0)
     for what, size, ranks in (
@@ -209,7 +209,8 @@ def _refuse_split_blocks(asked: Asked) -> None:
         if ranks > 1 and size % (ranks * block):
             step = "Pass --ep, or use fewer ranks" if ranks == layout.tp * layout.dp and not layout.ep else "Lower --tp"
             raise UserError(
-                f"{what}, {size}, over {ranks} ranks is no multiple of the {block} of an FP8 block. {step}."
+                f"{what}, {size}, over {ranks} ranks is no multiple of the {block} of "
+                f"{'an FP8 block' if asked.weights.format == 'fp8' else 'a group that shares a scale'}. {step}."
             )
 
 
@@ -227,8 +228,12 @@ def _report(
     head.add("model", f"{args.model}: {asked.config.model_type}, {layers}")
     counted = "counted from" if weights.exact else "estimated from"
     head.add("weights", f"{weights.format}, {counted} {weights.source}", "" if weights.exact else "note")
-    if weights.format not in ("bfloat16", "float32", "fp8"):
-        head.add("format", "this plan is of memory only: vllm-dsa is tested with bfloat16, float32 and FP8", "note")
+    if memory.is_packed(asked.hf_config.get("quantization_config")):
+        text = "kv_b_proj and the indexer's wk and weights_proj are made plain while loading, and counted so"
+        head.add("format", text)
+    elif weights.format not in ("bfloat16", "float32", "fp8"):
+        text = "this plan is of memory only: vllm-dsa is tested with bfloat16, FP8, AWQ, GPTQ, W4A16 and NVFP4"
+        head.add("format", text, "note")
     sizes = f"tensor {layout.tp}, data {layout.dp}, pipeline {layout.pp}" + (", experts whole" if layout.ep else "")
     head.add("layout", f"{layout.gpus} x {asked.gpu} on {asked.nodes} node(s); parallel: {sizes}")
 
