@@ -14,9 +14,8 @@ from vllm_dsa.testing.server import serve
 
 STREAMS = 64
 MINUTES = 3
-# MB of memory per 1,000 requests. An hour's soak allows 1. In three minutes a server that has served little before
-# still takes up to 9 for Python and the allocators, one that has served the other tests here 0.7; where 20 kB of every
-# request are kept it is 29.
+# MB of memory per 1,000 requests. An hour's soak allows 1; its first 1,000 requests took 10, for Python and the
+# allocators, and the last 10,000 took 0.1 each. Where 20 kB of every request are kept it is 29.
 MAX_SLOPE = 15.0
 
 
