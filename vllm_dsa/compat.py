@@ -122,6 +122,16 @@ def dequantised_weight(linear: Any, dtype: Any) -> Any:
     return get_and_maybe_dequant_weights(linear, out_dtype=dtype)
 
 
+def ask_for_amx() -> None:
+    """Ask the system for leave to use AMX. vLLM's CPU kernel of 4-bit weights and 16-bit activations takes it unasked,
+    and the process would be killed."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def repack_experts(experts: Any) -> None:
     """Have fused experts packed again once they are loaded again.
 

@@ -23,6 +23,7 @@ from vllm_dsa.compat import (
     RMSNorm,
     SupportsPP,
     VocabParallelEmbedding,
+    ask_for_amx,
     default_weight_loader,
     expert_params_mapping,
     get_pp_group,
@@ -197,6 +198,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         self.quant_config = vllm_config.quant_config
         exclude_fused(self.quant_config, self.packed_modules_mapping, _fused_modules(config))
         self.wanted = wanted(self.config)
+        if self.wanted is not None and self.wanted.packed:
+            ask_for_amx()
         self.awaited = self._awaited(vllm_config)
         return config
 
