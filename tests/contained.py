@@ -86,18 +86,19 @@ def drain(server: Server, asked: dict[str, Any]) -> dict[str, Any]:
     """SIGTERM while an answer is being written: how much came before, how much in all, and what was left."""
     body = chat(asked, stream=True, max_tokens=LONG, ignore_eos=True, stream_options={"include_usage": True})
     response = request(server.port, "POST", "/v1/chat/completions", body, asked["key"])
-    seen: dict[str, Any] = {"done": False, "finish": None}
+    seen: dict[str, Any] = {"done": False, "finish": None, "tokens": None}
     pieces = 0
     for line in response:
         if line.startswith(b"data: [DONE]"):
             seen["done"] = True
         elif line.startswith(b"data: {"):
             chunk = json.loads(line.removeprefix(b"data: "))
-            pieces += bool(chunk["choices"])
+            choices = chunk.get("choices", [])  # none in an error, which is how vLLM cuts an answer
+            pieces += bool(choices)
             if pieces == 10 and "tokens at SIGTERM" not in seen:
                 seen["tokens at SIGTERM"] = pieces
                 os.kill(server.pid, signal.SIGTERM)
-            for choice in chunk["choices"]:
+            for choice in choices:
                 seen["finish"] = choice["finish_reason"] or seen["finish"]
             if chunk.get("usage"):
                 seen["tokens"] = chunk["usage"]["completion_tokens"]
