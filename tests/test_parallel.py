@@ -4,12 +4,15 @@ wrongly is refused."""
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from engine import Engine, engine
+from selections import Selection, record, recorded, share_from
 from test_glm import write_glm
 from test_model import LIMITS, config_of, prompts, within
 from test_mtp import speculative
@@ -17,7 +20,12 @@ from test_planted import folder, ids, questions, words
 from test_platform import engine_config
 from tiny_checkpoint import build_prompt, write_random
 
+from vllm_dsa import attention
+from vllm_dsa.kernels import cpu
+from vllm_dsa.metadata import cut, shared_chunks
 from vllm_dsa.models import ranks
+from vllm_dsa.testing.cases import Case
+from vllm_dsa.testing.check import written
 from vllm_dsa.testing.server import HOST, free_port
 
 __all__ = ["folder"]  # a fixture: the planted checkpoint
@@ -39,9 +47,10 @@ def attentions(worker) -> list[torch.nn.Module]:
     return [module for model in models for name, module in model.named_modules() if name.endswith("self_attn")]
 
 
-def heads_and_selections(worker) -> list[tuple[int, torch.Tensor]]:
-    """Of every layer: heads of this rank, and the selection of the last step."""
-    return [(layer.heads, layer.selection.clone()) for layer in attentions(worker)]
+def draft_selection(worker) -> tuple[int, torch.Tensor]:
+    """Heads of this rank, and what the draft selected last."""
+    layer = attentions(worker)[-1]
+    return layer.heads, layer.selection.clone()
 
 
 def select_otherwise(worker) -> None:
@@ -51,32 +60,47 @@ def select_otherwise(worker) -> None:
         layer.rope = replace(layer.rope, index_interleaved=not layer.rope.index_interleaved)
 
 
-def differing_layers(running: Engine, rows: int) -> list[int]:
-    """Layers whose last selection is not that of rank 0 on every rank, bit for bit."""
-    found = running.llm.collective_rpc(heads_and_selections)
-    assert len(found) == 2 and all(heads * 2 == 4 for rank in found for heads, _ in rank)
-    return [i for i, (one, other) in enumerate(zip(*found, strict=True)) if not one[1][:rows].equal(other[1][:rows])]
+def of_a_prompt(running: Engine, tokens: list[int], every: int = 8) -> list[tuple[list[Selection], int]]:
+    """Of every rank: what its layers select for a prompt that is one step, and of how many parts a share consists."""
+    assert running.llm.reset_prefix_cache()
+    running.llm.collective_rpc(record, args=(every,))
+    running.generate([tokens], max_tokens=1)
+    return running.llm.collective_rpc(recorded)
 
 
-def test_two_ranks_answer_as_planted_and_select_the_same(folder):
-    """With a draft. Most scores of a planted row are equal, so that ties decide what is selected."""
+def differing_layers(ranks: list[tuple[list[Selection], int]]) -> list[int]:
+    """Layers whose selection is not that of rank 0 on every rank, bit for bit."""
+    first = ranks[0][0]
+    assert all(len(calls) == len(first) for calls, _ in ranks)
+    return [i for i, one in enumerate(first) if not all(one.selected.equal(calls[i].selected) for calls, _ in ranks)]
+
+
+def test_two_ranks_answer_as_planted_and_select_the_same(folder, monkeypatch):
+    """With a draft, and with selections shared wherever they can be. Most scores of a planted row are equal, so that
+    ties decide what is selected."""
+    monkeypatch.setenv("VLLM_DSA_SHARD_SCORES", "1")
     asked = questions((300, 900))
     options = dict(max_num_batched_tokens=256, disable_log_stats=False)
     with engine(folder, **TWO, **options, **speculative(3)) as running:
         given = running.generate([tokens for tokens, _ in asked], max_tokens=6, stop_token_ids=[1])
         assert [words(tokens) for tokens in given] == [answer for _, answer in asked]
-        prompt = build_prompt(250, 1, chat=True)
-        running.generate([ids(prompt, True)], max_tokens=1)
-        assert differing_layers(running, rows=250) == []
+        prompt = ids(build_prompt(250, 1, chat=True), True)
+        shared = of_a_prompt(running, prompt)
+        running.llm.collective_rpc(share_from, args=(0,))
+        alone = of_a_prompt(running, prompt)
+        # Two parts of two layers and a draft; of the draft's later steps, which are a row each, the first rank has one.
+        assert [cuts for _, cuts in shared + alone] == [8, 6, 0, 0]
+        assert differing_layers(alone) == []
+        assert differing_layers([alone[0], *shared]) == []
+        assert all(heads * 2 == 4 for heads, _ in running.llm.collective_rpc(draft_selection))
         running.llm.collective_rpc(select_otherwise)
-        assert running.llm.reset_prefix_cache()
-        running.generate([ids(prompt, True)], max_tokens=1)
-        assert differing_layers(running, rows=250) == [2]
+        assert differing_layers(of_a_prompt(running, prompt)) == [2]
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    """Random weights: the selections of every layer, and the log-probabilities of every prompt token."""
+    """Random weights: the scores of what every layer selects, and the log-probabilities of every prompt token; with
+    and without sharing, the same bits."""
     write_random(tmp_path, index_n_heads=8, index_topk=48, seed=2)
     asked = prompts(config_of(tmp_path), multiples=(2, 5))
     options = dict(max_num_batched_tokens=256, enable_prefix_caching=False)
@@ -84,14 +108,20 @@ def test_two_ranks_equal_one(tmp_path):
     for more in ({}, TWO):
         with engine(tmp_path, **options, **more) as running:
             logprobs = torch.cat(running.prompt_logprobs(asked))
-            running.generate([asked[-1]], max_tokens=1)
-            found.append((logprobs, running.llm.collective_rpc(heads_and_selections)[0]))
+            found.append((logprobs, of_a_prompt(running, asked[-1])[0][0]))
+            if more:
+                running.llm.collective_rpc(share_from, args=(1,))
+                assert torch.cat(running.prompt_logprobs(asked)).equal(logprobs)
+                shared = of_a_prompt(running, asked[-1])
+                assert all(cuts for _, cuts in shared) and differing_layers([(found[1][1], 0), *shared]) == []
     (one, layers), (two, split) = found
-    rows = len(asked[-1])
-    # Sums over ranks are in another order: a tie within 1e-6 may fall otherwise, in a token of hundreds.
-    moved = [(a[:rows] != b[:rows]).float().mean().item() for (_, a), (_, b) in zip(layers, split, strict=True)]
-    first = next((i for i, part in enumerate(moved) if part > 0.01), None)
-    assert first is None, f"layer {first} selects other tokens: {moved}"
+    # Sums over ranks are in another order; the largest score of a row counts as 1.
+    moved = [
+        ((a.scores - b.scores).abs() / a.scores[:, :1].abs()).nan_to_num(0).max().item()
+        for a, b in zip(layers, split, strict=True)
+    ]
+    first = next((i for i, difference in enumerate(moved) if difference > 1e-3), None)
+    assert first is None, f"the scores of layer {first} are others: {moved}"
     assert within((one - two).abs(), LIMITS["auto"])
 
 
@@ -105,13 +135,85 @@ def test_two_stages_answer_as_planted(folder, monkeypatch):
         assert [words(tokens) for tokens in given] == [answer for _, answer in asked]
 
 
+# Sharing a selection, without an engine.
+
+SHARED = (
+    Case("a share of one prompt", ((0, 100),)),
+    Case("chunks and decodes", ((99, 1), (700, 1), (37, 64), (5, 1), (0, 150)), decode_rows=1, padding_rows=3),
+    Case("more ranks than a few rows", ((200, 5),), block_size=32),
+    Case("equal scores", ((90, 20), (300, 31)), ties="all"),
+)
+
+
+def a_row_late(*args: Any) -> tuple[slice, ...]:
+    """The fault of a rank, the second, whose first chunk begins a row late."""
+    first, second, *others = shared_chunks(*args)
+    return first, slice(second.start + 1, second.stop + 1), *others
+
+
+def select_shared(rank: int, size: int, port: int, fault: Callable | None, answers) -> None:
+    """One of ``size`` ranks: names of the cases in which its rows are not those of a select by itself, bit for bit."""
+    torch.distributed.init_process_group("gloo", f"tcp://{HOST}:{port}", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    os.environ["VLLM_DSA_SHARD_SCORES"] = "1"
+
+    def all_gather(own: torch.Tensor, dim: int) -> torch.Tensor:
+        gathered = own.new_empty(size * len(own), *own.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, own)
+        return gathered
+
+    attention.get_tp_group = lambda: SimpleNamespace(world_size=size, rank_in_group=rank, all_gather=all_gather)
+    parts = []
+    attention.cut = lambda rows, mine: parts.append(mine) or cut(rows, mine)
+    if fault and rank == 1:
+        attention.shared_chunks = fault
+    differing = []
+    for case in SHARED:
+        inputs, codes, weights = written(case)
+        step = (codes, weights, inputs.index_cache, inputs.rows)
+        alone, shared = torch.full((2, case.tokens, case.top_k), -7, dtype=torch.int32)
+        cpu.select(*step, alone)
+        parts.clear()
+        attention._select(cpu, *step, shared)
+        assert sum(mine.stop - mine.start for mine in parts) < case.tokens, "not shared"
+        if not shared.equal(alone):
+            differing.append(case.name)
+    answers.put((rank, differing))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)
+
+
+def in_processes(function: Callable, size: int, *args: Any) -> dict[int, Any]:
+    """What each of ``size`` ranks, forked from this process, puts into its queue: (rank, answer)."""
+    context = multiprocessing.get_context("fork")
+    answers, port = context.Queue(), free_port()
+    processes = [context.Process(target=function, args=(rank, size, port, *args, answers)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(10)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_shared_selection_has_the_same_bits(size):
+    assert in_processes(select_shared, size, None) == dict.fromkeys(range(size), [])
+
+
+def test_a_share_that_is_a_row_off_is_seen():
+    seen = in_processes(select_shared, 2, a_row_late)
+    assert all(case.name in names for names in seen.values() for case in SHARED[:3]), seen
+
+
 # Agreement before the start.
 
 
-def ask(rank: int, port: int, facts: list[dict | None], answers) -> None:
+def ask(rank: int, size: int, port: int, facts: list[dict | None], answers) -> None:
     """One of two ranks; None as facts: one that serves without this package."""
-    torch.distributed.init_process_group("gloo", f"tcp://{HOST}:{port}", rank=rank, world_size=2)
-    ranks.get_world_group = lambda: SimpleNamespace(world_size=2, cpu_group=torch.distributed.group.WORLD)
+    torch.distributed.init_process_group("gloo", f"tcp://{HOST}:{port}", rank=rank, world_size=size)
+    ranks.get_world_group = lambda: SimpleNamespace(world_size=size, cpu_group=torch.distributed.group.WORLD)
     try:
         if facts[rank] is None:
             time.sleep(6)  # it lives, and does not come
@@ -127,15 +229,7 @@ def ask(rank: int, port: int, facts: list[dict | None], answers) -> None:
 
 
 def verdicts(facts: list[dict | None]) -> dict[int, str]:
-    context = multiprocessing.get_context("fork")
-    answers, port = context.Queue(), free_port()
-    processes = [context.Process(target=ask, args=(rank, port, facts, answers)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(10)
-    return found
+    return in_processes(ask, 2, facts)
 
 
 FACTS = {"vllm-dsa": "0.1.0", "providers": "write: cpu"}
