@@ -44,7 +44,7 @@ KINDS = ("random", "plain", "planted")  # plain: what the random one stands for
 LIMITS = (1.7e-2, 8.7e-2)
 
 
-def kernels(model: torch.nn.Module) -> list[str]:
+def kernels(model: torch.nn.Module) -> set[str]:
     """Classes that multiply quantised weights: linear layers' kernels, experts' methods."""
     found = set()
     for module in model.modules():
@@ -53,7 +53,7 @@ def kernels(model: torch.nn.Module) -> list[str]:
             kernel = getattr(owner, "kernel", None) or getattr(owner, "experts_cls", None)
             if kernel is not None:
                 found.add(kernel.__name__ if isinstance(kernel, type) else type(kernel).__name__)
-    return sorted(found)
+    return found
 
 
 def wrong_weights(running: Any, plain: Path) -> list[str]:

@@ -73,8 +73,8 @@ class DecoderLayer(nn.Module):
                 self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
             except NotImplementedError as error:
                 raise ConfigError(
-                    f"quantization_config: vLLM has no kernel here for experts in this format ({error}). Experts of 4 "
-                    f"bits need an NVIDIA GPU, or an x86 CPU with AMX."
+                    f"quantization_config: vLLM has no kernel here for experts in this format ({error}) Serve them on "
+                    f"an NVIDIA GPU; on a CPU, serve a checkpoint whose experts are bfloat16 or FP8."
                 ) from error
         self.input_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
