@@ -1,7 +1,7 @@
 """4-bit checkpoints on a GPU, through vLLM's own kernels: on Hopper Machete and Marlin, NVFP4 as Marlin's weights only.
 
 `python -m pytest -m gpu tests/test_gpu_w4.py` needs vLLM's CUDA build. Checkpoints are written on the spot, and each is
-served by a process of its own, all at once on one GPU; each has 90 seconds.
+served by a process of its own, all at once on one GPU; each has two minutes.
 
     python tests/test_gpu_w4.py KIND FORMAT DIR OUT    what one such process does
 """
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-SECONDS = 90
+SECONDS = 120
 # What each checkpoint leaves out: nothing, what is only read, all attention, parts of fused modules.
 LEFT_OUT = {
     "awq": [],
@@ -135,7 +135,8 @@ def result_of(processes: Any, kind: str, form: str) -> dict[str, Any]:
         process.wait(max(1, start + SECONDS - time.time()))
     except subprocess.TimeoutExpired:
         process.kill()
-    if process.wait() != 0:
+    process.wait()
+    if not out.exists():
         pytest.fail(f"{kind} {form}: status {process.returncode}\n{log.read_text()[-4000:]}")
     return torch.load(out)
 
@@ -163,4 +164,6 @@ def test_planted_checkpoint_answers_right(processes, form):
 
 
 if __name__ == "__main__":
-    torch.save(serve(sys.argv[1], sys.argv[2], Path(sys.argv[3])), sys.argv[4])
+    done = serve(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    torch.save(done, f"{sys.argv[4]}.part")
+    os.replace(f"{sys.argv[4]}.part", sys.argv[4])
