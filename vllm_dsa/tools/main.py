@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "does a model fit on these GPUs, with how much context?",
     "verify": "are the kernels right on this machine, and this model's indexer?",
     "bench": "how fast are the kernels on this machine?",
+    "supervise": "run a server so that nothing of it outlives it",
 }
 
 
