@@ -1,5 +1,6 @@
 """What a release hands out: wheel and source archive, built from this tree, and the wheel in a fresh environment."""
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +28,9 @@ def built(tmp_path_factory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     # Both hooks that `python -m build` calls, without its fresh environment: that would ask a package index.
-    hooks = "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+    hooks = (
+        "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    )
     subprocess.run([sys.executable, "-c", hooks, str(out)], cwd=source, check=True, capture_output=True, timeout=300)
     return out
 
@@ -61,13 +64,13 @@ def test_the_wheel_passes_doctor_in_a_fresh_environment(built, tmp_path):
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     env = {name: value for name, value in initial_environment().items() if not name.startswith(("VLLM_", "PYTHON"))}
-    doctor = [tmp_path / "venv" / "bin" / "vllm-dsa", "doctor"]
+    doctor = [tmp_path / "venv" / "bin" / "vllm-dsa", "doctor", "--json"]
     done = subprocess.run(doctor, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{vllm_dsa.__version__}, {site}/vllm_dsa" in done.stdout.replace("\n", " ")
-    assert "active: vLLM loads it in every process" in done.stdout
-    code = (
-        "from importlib.metadata import entry_points as e; print([p.load() for p in e(group='vllm.general_plugins')])"
-    )
+    rows = {check["label"]: check["text"] for check in json.loads(done.stdout)["checks"]}
+    assert rows["vllm-dsa"] == f"{vllm_dsa.__version__}, {site}/vllm_dsa"
+    assert rows["plugin"] == "active: vLLM loads it in every process"
+    plugins = "from importlib.metadata import *; (p,) = entry_points(group='vllm.general_plugins', name='dsa')"
+    code = f"{plugins}; print(p.load())"
     loaded = subprocess.run([python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert loaded.stdout.startswith("[<function register "), loaded.stdout + loaded.stderr
+    assert loaded.stdout.startswith("<function register "), loaded.stdout + loaded.stderr
