@@ -121,7 +121,7 @@ def test_provider_variable(monkeypatch):
 
 
 def test_budget_variable(monkeypatch):
-    assert envs.VLLM_DSA_SCORE_BUDGET_MB == 256
+    assert envs.VLLM_DSA_SCORE_BUDGET_MB == 512
     monkeypatch.setenv("VLLM_DSA_SCORE_BUDGET_MB", "3")
     assert envs.VLLM_DSA_SCORE_BUDGET_MB == 3
     for text in ("0", "-1", "1.5", "lots"):

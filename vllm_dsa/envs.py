@@ -4,7 +4,7 @@ VLLM_DSA_DISABLE          0    1: leave vLLM as it is, as if this package were n
 VLLM_DSA_REQUIRED         0    1: an error at start where the package would otherwise decline with a warning
 VLLM_DSA_PROVIDER              vendor, triton, cpu or reference: the provider of every kernel; unset: the first that can
 VLLM_DSA_DENSE            0    1: an ablation: attend to every key, leave the indexer out; kernels/dense.py
-VLLM_DSA_SCORE_BUDGET_MB  256  MiB that the scores of one select may take; no result depends on it
+VLLM_DSA_SCORE_BUDGET_MB  512  MiB that the scores of one select may take; no result depends on it
 VLLM_DSA_SHARD_SCORES     2^24 scores of a prefill step from which on the ranks of a TP group share its select; 0: never
 VLLM_DSA_SOFTWARE_E4M3    0    1: Triton kernels convert e4m3 in integer arithmetic, as on GPUs without it; for tests
 """
@@ -53,7 +53,7 @@ TABLE: dict[str, Callable[[], Any]] = {
     "VLLM_DSA_REQUIRED": _flag("VLLM_DSA_REQUIRED"),
     "VLLM_DSA_PROVIDER": _choice("VLLM_DSA_PROVIDER", PROVIDERS),
     "VLLM_DSA_DENSE": _flag("VLLM_DSA_DENSE"),
-    "VLLM_DSA_SCORE_BUDGET_MB": _integer("VLLM_DSA_SCORE_BUDGET_MB", 256, least=1),
+    "VLLM_DSA_SCORE_BUDGET_MB": _integer("VLLM_DSA_SCORE_BUDGET_MB", 512, least=1),
     # An H200 computes and ranks so many in 0.45 ms. Two ranks save half of that, and pay some 0.05 ms for a gather.
     "VLLM_DSA_SHARD_SCORES": _integer("VLLM_DSA_SHARD_SCORES", 1 << 24, least=0),
     "VLLM_DSA_SOFTWARE_E4M3": _flag("VLLM_DSA_SOFTWARE_E4M3"),

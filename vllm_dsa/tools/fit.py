@@ -34,7 +34,7 @@ DRIVER_GIB = 0.6
 # GiB a GPU that are assumed. Measured on an H200, one GPU, 6 layers: 0.1 of kernels' code, 0.1 of CUDA graphs. CUDA's
 # own context is in what --gpu-memory-utilization leaves.
 KERNELS_GIB, NCCL_GIB, LAYER_GRAPHS_GIB = 0.2, 1.5, 1 / 60
-WORKSPACE_GIB = 0.3  # of select and attend, beside what grows with the step
+WORKSPACE_GIB = 0.5  # of select and attend, beside what grows with the step
 UTILIZATION = 0.92  # vLLM's default in 0.32 and 0.33
 SHORTEST = 4096  # tokens that a plan must leave room for where no --max-model-len is asked
 MOST_REQUESTS = 1024  # vLLM's --max-num-seqs on GPUs with 70 GiB or more
