@@ -41,9 +41,10 @@ class Recorder:
         self.select(kernels, codes, weights, pages, rows, selected)
         scores = torch.full((len(range(0, len(selected), self.every)), selected.shape[1]), -torch.inf)
         for i, row in enumerate(range(0, len(selected), self.every)):
-            chosen = selected[row][selected[row] >= 0].long()
-            found = reference.scores(codes, weights, pages, rows, row)[chosen].sort(descending=True).values
-            scores[i, : len(found)] = found.float().cpu()
+            found = reference.scores(codes, weights, pages, rows, row)
+            chosen = selected[row].long()
+            chosen = chosen[(chosen >= 0) & (chosen < len(found))]  # a wrong selection is to be recorded too
+            scores[i, : len(chosen)] = found[chosen].sort(descending=True).values.cpu()
         self.calls.append(Selection(selected.cpu().clone(), scores))
 
 
