@@ -101,13 +101,16 @@ def serve(kind: str, form: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """(kind, form) -> (process, its log, its result's file, time of its start), all started at once."""
+def processes(tmp_path_factory, request):
+    """(kind, form) -> (process, log, file of its result, time of its start), for the selected tests, all at once."""
     sys.path[:0] = [str(HERE)]
     from write_4bit import write
 
     path, folders = tmp_path_factory.mktemp("w4"), {}
+    selected = {item.callspec.params["form"] for item in request.session.items if "processes" in item.fixturenames}
     for form, left_out in LEFT_OUT.items():
+        if form not in selected:
+            continue
         folders["random", form] = write(path / form, form, left_out=left_out, group=64, index_topk=64, **SIZES)
         folders["plain", form] = path / form / "plain"
         planted = dict(planted=True, left_out=left_out, group=64)
