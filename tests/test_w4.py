@@ -12,6 +12,8 @@ from compressed_tensors.quantization import QuantizationScheme
 from engine import engine, load, unloaded
 from fp8_bytes import read
 from test_axk2 import BFLOAT16_LIMITS
+from test_glm import PATTERN
+from test_glm import SIZES as GLM_SIZES
 from test_gpu_w4 import kernels
 from test_model import config_of, prompts, within
 from test_plan import V32, W4A16, command
@@ -400,6 +402,23 @@ def test_logprobs_are_those_of_the_dequantised_checkpoint(form, tmp_path, sixtee
 
 
 @pytest.mark.slow
+def test_glm(tmp_path, sixteen_bits):
+    """Its sizes, interleaved indexers, and layers that share a selection, whose packed indexers are not loaded."""
+    folder = write(tmp_path, "awq", left_out=NO_EXPERTS, index_topk=32, rope_scaling=None, **GLM_SIZES)
+    logprobs = []
+    for path in (folder.parent / "plain", folder):
+        config = config_of(path) | {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"]}
+        config |= {"index_topk_pattern": PATTERN}
+        files.write_json(path / "config.json", config)
+        with engine(path, dtype="bfloat16") as running:
+            assert [layer.indexer is None for layer in running.layers] == [c == "S" for c in PATTERN]
+            logprobs.append(torch.cat(running.prompt_logprobs(prompts(config))))
+    difference = (logprobs[0] - logprobs[1]).abs()
+    print(f"GLM: p50 {difference.median():.1e} p90 {difference.quantile(0.9):.1e} of {logprobs[0].std():.1e}")
+    assert within(difference, BFLOAT16_LIMITS) and logprobs[0].std() > BFLOAT16_LIMITS[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", INTEGERS)
 def test_planted_checkpoint_answers_right(form, tmp_path):
     """As vLLM multiplies by default (with AMX: activations in 8 bits); with drafts of a 4-bit MTP layer."""
@@ -416,9 +435,7 @@ def test_planted_checkpoint_answers_right(form, tmp_path):
 def test_experts_without_a_kernel_are_refused(tmp_path):
     folder = write(tmp_path, "awq", **SMALL)
     with (
-        pytest.raises(
-            ConfigError, match="no kernel here for experts in this format.*on a CPU, serve a checkpoint"
-        ),
+        pytest.raises(ConfigError, match="no kernel here for experts in this format.*on a CPU, serve a checkpoint"),
         unloaded(folder, dtype="bfloat16"),
     ):
         pytest.fail("built")
