@@ -267,7 +267,8 @@ def test_offline_answers(planted):
         found = [line for line in said.splitlines() if re.search(r" What is \w+\? -> ", line)]
         for line, prompt in zip(found, prompts, strict=True):
             assert line.rpartition(" -> ")[0].endswith(prompt.text[-50:])
-            assert line.split()[-1] == prompt.answer
+            assert re.split(r" |</think>", line)[-1] == prompt.answer
+            assert ("</think>" in line) == ("--thinking" in kind)
 
 
 @pytest.mark.slow
