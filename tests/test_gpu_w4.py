@@ -34,7 +34,10 @@ LEFT_OUT = {
     "w4a16-zeros": ["indexer.weights_proj", "shared_experts"],
     "nvfp4": ["q_a_proj", "kv_a_proj_with_mqa", "o_proj", "indexer"],
     "nvfp4a16": [],
+    "w4a16-fp8": [],
 }
+# FP8 layers round activations: no log-probabilities to compare, and one checkpoint.
+PLANTED_ONLY = ("w4a16-fp8",)
 SIZES = dict(hidden_size=256, q_lora_rank=128, num_attention_heads=16, intermediate_size=256, moe_intermediate_size=128)
 SIZES |= dict(index_n_heads=8, num_nextn_predict_layers=0)
 OPTIONS: dict[str, Any] = dict(dtype="bfloat16", block_size=64, max_num_batched_tokens=256, max_model_len=4096)
@@ -94,7 +97,7 @@ def serve(kind: str, form: str, folder: Path) -> dict[str, Any]:
         else:
             result["logprobs"] = torch.cat(running.prompt_logprobs(prompts(config_of(folder))))
             result["kernels"] = kernels(running.model)
-        if kind == "random":
+        if kind != "plain":
             result["wrong"] = wrong_weights(running, folder.parent / "plain")
         result["seconds"].append(time.time() - start)
     return result
@@ -111,8 +114,9 @@ def processes(tmp_path_factory, request):
     for form, left_out in LEFT_OUT.items():
         if form not in selected:
             continue
-        folders["random", form] = write(path / form, form, left_out=left_out, group=64, index_topk=64, **SIZES)
-        folders["plain", form] = path / form / "plain"
+        if form not in PLANTED_ONLY:
+            folders["random", form] = write(path / form, form, left_out=left_out, group=64, index_topk=64, **SIZES)
+            folders["plain", form] = path / form / "plain"
         planted = dict(planted=True, left_out=left_out, group=64)
         folders["planted", form] = write(path / f"{form}-planted", form, **planted, **SIZES)
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "examples"), str(HERE.parent)])
@@ -144,7 +148,7 @@ def result_of(processes: Any, kind: str, form: str) -> dict[str, Any]:
     return torch.load(out)
 
 
-@pytest.mark.parametrize("form", LEFT_OUT)
+@pytest.mark.parametrize("form", [form for form in LEFT_OUT if form not in PLANTED_ONLY])
 def test_logprobs_are_those_of_the_dequantised_checkpoint(processes, form):
     """Through kernels that read packed weights; what derives from weights that are only read is exact."""
     ours, plain = (result_of(processes, kind, form) for kind in ("random", "plain"))
@@ -163,7 +167,7 @@ def test_logprobs_are_those_of_the_dequantised_checkpoint(processes, form):
 @pytest.mark.parametrize("form", LEFT_OUT)
 def test_planted_checkpoint_answers_right(processes, form):
     found = result_of(processes, "planted", form)
-    assert found["answers"] == found["right"]
+    assert found["answers"] == found["right"] and found["wrong"] == []
 
 
 if __name__ == "__main__":

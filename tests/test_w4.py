@@ -14,7 +14,7 @@ from fp8_bytes import read
 from test_axk2 import BFLOAT16_LIMITS
 from test_glm import PATTERN
 from test_glm import SIZES as GLM_SIZES
-from test_gpu_w4 import kernels
+from test_gpu_w4 import kernels, wrong_weights
 from test_model import config_of, prompts, within
 from test_plan import V32, W4A16, command
 from test_planted import answers, questions, words
@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
 from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 from vllm.scalar_type import scalar_types
-from write_4bit import FORMATS, quantise, write
+from write_4bit import FORMATS, MIXED, quantise, write
 
 from vllm_dsa import checkpoint, quant
 from vllm_dsa.checkpoint import CheckpointError, wanted
@@ -419,16 +419,18 @@ def test_glm(tmp_path, sixteen_bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", INTEGERS)
+@pytest.mark.parametrize("form", [*INTEGERS, MIXED])
 def test_planted_checkpoint_answers_right(form, tmp_path):
     """As vLLM multiplies by default (with AMX: activations in 8 bits); with drafts of a 4-bit MTP layer."""
     folder = write(tmp_path, form, planted=True, left_out=NO_EXPERTS, index_n_heads=8)
+    checkpoint.check(folder, config_of(folder), drafts=True)
     assert check_planted(folder.parent / "plain") > 10, "rounding to 4 bits cost the margin"
     asked, options = questions((300, 1500)), dict(dtype="bfloat16", max_num_batched_tokens=512)
     if form == "awq":
         options |= dict(speculative_config={"method": "mtp", "num_speculative_tokens": 1})
     with engine(folder, kv_cache_dtype="fp8_ds_mla", **options) as running:
         assert kernels(running.model) >= {"CPUWNA16LinearKernel"}
+        assert wrong_weights(running, folder.parent / "plain") == []
         assert [words(tokens) for tokens in answers(running, asked)] == [answer for _, answer in asked]
 
 

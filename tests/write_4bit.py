@@ -16,6 +16,7 @@ nvfp4               ModelOpt: weight uint8 [out, in / 2], the first of two input
                     [out, in / 16], weight_scale_2 and input_scale float32; value = e2m1 x weight_scale x weight_scale_2
 nvfp4a16            compressed-tensors, nvfp4-pack-quantized: weight_packed and weight_scale likewise,
                     weight_global_scale, by which a value is divided
+w4a16-fp8           compressed-tensors: attention FP8 (weight e4m3, weight_scale [out, 1] float32), all else w4a16
 """
 
 import argparse
@@ -31,6 +32,7 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 FORMATS = ("awq", "gptq", "w4a16", "w4a16-zeros", "nvfp4", "nvfp4a16")
+MIXED = "w4a16-fp8"
 NVFP4_GROUP = 16
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -87,6 +89,10 @@ def quantise(weight: torch.Tensor, form: str, group: int, amax: float) -> tuple[
     amax: largest value of all that shares a global scale with this weight; of NVFP4 only.
     """
     rows, columns = weight.shape
+    if form == "fp8":
+        scales = (weight.abs().amax(1, keepdim=True) / 448).clamp(1e-12)
+        codes = (weight / scales).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scales}, codes.float() * scales
     if form.startswith("nvfp4"):
         packed, scales, overall = _fp4(weight, amax)
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1).int()
@@ -140,6 +146,12 @@ def config_of(form: str, group: int, left_out: list[str], modules: Iterable[str]
         config["ignore"] = ["lm_head", "*eh_proj*", *patterns]
         return config | {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt"}}
     packed = "pack-quantized" if form.startswith("w4a16") else "nvfp4-pack-quantized"
+    if form == MIXED:
+        fp8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+        two = {"targets": ["re:.*self_attn.*"], "weights": fp8 | {"strategy": "channel", "dynamic": False}}
+        two |= {"input_activations": fp8 | {"strategy": "token", "dynamic": True}, "format": "float-quantized"}
+        config["config_groups"] |= {"group_0": one | {"targets": ["re:.*mlp.*"], "format": packed}, "group_1": two}
+        packed = "mixed-precision"
     return config | {"quant_method": "compressed-tensors", "format": packed, "quantization_status": "compressed"}
 
 
@@ -167,7 +179,8 @@ def write(
             continue
         stem, _, last = module.rpartition(".")
         together = [weight] + ([tensors[f"{stem}.{FUSED[last]}.weight"]] if last in FUSED else [])
-        packed[name] = quantise(weight, form, group, max(t.abs().max().item() for t in together))
+        own = form if form != MIXED else "fp8" if ".self_attn." in name else "w4a16"
+        packed[name] = quantise(weight, own, group, max(t.abs().max().item() for t in together))
     for name, (_, meant) in packed.items():
         tensors[name] = meant
     tiny._write(path / "plain", made, tensors, max_length=16384)
@@ -183,7 +196,7 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("form", choices=FORMATS)
+    parser.add_argument("form", choices=(*FORMATS, MIXED))
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--planted", action="store_true")
     parser.add_argument("--left-out", default="", help="parts of names, separated by commas")

@@ -32,6 +32,7 @@ _PARTS = {
     ("weight_packed", "I32"): ("weight_scale",),
     ("weight_packed", "U8"): ("weight_scale",),
     ("weight", "U8"): ("weight_scale", "weight_scale_2"),
+    ("weight", "F8_E4M3"): ("weight_scale",),
 }
 _DTYPES = {"torch.int32": "I32", "torch.uint8": "U8", "torch.float8_e4m3fn": "F8_E4M3"}
 
