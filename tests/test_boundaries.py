@@ -43,13 +43,13 @@ TABLE = (
     Layer(
         ("vllm_dsa.kernels.vendor",),
         ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
-        in_functions=("vllm_dsa.compat", "flash_mla", "deep_gemm"),
+        in_functions=("vllm_dsa.compat",),
     ),
     Layer(
         ("vllm_dsa.kernels", "vllm_dsa.kernels.*"),
         ("torch", "triton", *BYTES, "vllm_dsa.envs", "vllm_dsa.kernels*"),
     ),
-    Layer(("vllm_dsa.compat",), ("torch", "vllm")),
+    Layer(("vllm_dsa.compat",), ("torch", "vllm"), in_functions=("flash_mla",)),
     Layer(
         ("vllm_dsa.metrics",),
         ("vllm_dsa", "vllm_dsa.config", "vllm_dsa.cache", "vllm_dsa.backend", CONTRACTS, "vllm_dsa.kernels.dispatch"),
