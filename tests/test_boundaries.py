@@ -195,7 +195,8 @@ PLANTED = [
     ("stray", "import json"),
 ]
 ALLOWED = [
-    ("kernels.vendor", "def f():\n    from vllm_dsa import compat\n    import flash_mla"),
+    ("kernels.vendor", "def f():\n    from vllm_dsa import compat"),
+    ("compat", "import vllm\ndef f():\n    import flash_mla"),
     ("kernels.triton_select", "import triton.language as tl\nfrom vllm_dsa import cache, envs"),
     ("kernels.reference", "import torch.nn.functional as F\nfrom vllm_dsa.kernels import Rope"),
     ("attention", "from vllm_dsa.kernels import Rope, dispatch\nfrom vllm_dsa.compat import get_rope"),
