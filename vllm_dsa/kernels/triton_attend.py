@@ -295,12 +295,7 @@ def workspace(request: Any, tokens: int) -> int:
 
 
 def attend(
-    query: torch.Tensor,
-    latent_cache: torch.Tensor,
-    rows: Rows,
-    selected: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
+    query: torch.Tensor, latent_cache: torch.Tensor, rows: Rows, selected: torch.Tensor, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
     """Softmax attention of every row over its selected latent rows; returns the log-sum-exp."""
     lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
