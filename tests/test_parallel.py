@@ -3,8 +3,10 @@ wrongly is refused."""
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -152,59 +154,50 @@ def a_row_late(*args: Any) -> tuple[slice, ...]:
     return first, slice(second.start + 1, second.stop + 1), *others
 
 
-def select_shared(rank: int, size: int, port: int, fault: Callable | None, answers) -> None:
-    """One of ``size`` ranks: names of the cases in which its rows are not those of a select by itself, bit for bit."""
-    torch.distributed.init_process_group("gloo", f"tcp://{HOST}:{port}", rank=rank, world_size=size)
-    torch.set_num_threads(1)
-    os.environ["VLLM_DSA_SHARD_SCORES"] = "1"
+def select_shared(size: int, fault: Callable | None, monkeypatch) -> dict[int, list[str]]:
+    """Of each of ``size`` ranks, a thread each: cases in which its rows are not, bit for bit, those of a select by
+    itself."""
+    barrier, gathered, me = threading.Barrier(size, timeout=60), [torch.empty(0)] * size, threading.local()
+    monkeypatch.setenv("VLLM_DSA_SHARD_SCORES", "1")
+    monkeypatch.setattr(attention, "get_tp_group", lambda: me.group)
+    monkeypatch.setattr(attention, "cut", lambda rows, mine: me.parts.append(mine) or cut(rows, mine))
+    if fault:
+        chunks = lambda *args: (fault if me.group.rank_in_group == 1 else shared_chunks)(*args)  # noqa: E731
+        monkeypatch.setattr(attention, "shared_chunks", chunks)
 
     def all_gather(own: torch.Tensor, dim: int) -> torch.Tensor:
-        gathered = own.new_empty(size * len(own), *own.shape[1:])
-        torch.distributed.all_gather_into_tensor(gathered, own)
-        return gathered
+        gathered[me.group.rank_in_group] = own
+        barrier.wait()
+        whole = torch.cat(gathered, dim)
+        barrier.wait()
+        return whole
 
-    attention.get_tp_group = lambda: SimpleNamespace(world_size=size, rank_in_group=rank, all_gather=all_gather)
-    parts = []
-    attention.cut = lambda rows, mine: parts.append(mine) or cut(rows, mine)
-    if fault and rank == 1:
-        attention.shared_chunks = fault
-    differing = []
-    for case in SHARED:
-        inputs, codes, weights = written(case)
-        step = (codes, weights, inputs.index_cache, inputs.rows)
-        alone, shared = torch.full((2, case.tokens, case.top_k), -7, dtype=torch.int32)
-        cpu.select(*step, alone)
-        parts.clear()
-        attention._select(cpu, *step, shared)
-        assert sum(mine.stop - mine.start for mine in parts) < case.tokens, "not shared"
-        if not shared.equal(alone):
-            differing.append(case.name)
-    answers.put((rank, differing))
-    answers.close()
-    answers.join_thread()
-    os._exit(0)
+    def run(rank: int) -> list[str]:
+        me.group = SimpleNamespace(world_size=size, rank_in_group=rank, all_gather=all_gather)
+        differing = []
+        for case in SHARED:
+            inputs, codes, weights = written(case)
+            step = (codes, weights, inputs.index_cache, inputs.rows)
+            alone, shared = torch.full((2, case.tokens, case.top_k), -7, dtype=torch.int32)
+            cpu.select(*step, alone)
+            me.parts = []
+            attention._select(cpu, *step, shared)
+            assert sum(mine.stop - mine.start for mine in me.parts) < case.tokens, "not shared"
+            if not shared.equal(alone):
+                differing.append(case.name)
+        return differing
 
-
-def in_processes(function: Callable, size: int, *args: Any) -> dict[int, Any]:
-    """What each of ``size`` ranks, forked from this process, puts into its queue: (rank, answer)."""
-    context = multiprocessing.get_context("fork")
-    answers, port = context.Queue(), free_port()
-    processes = [context.Process(target=function, args=(rank, size, port, *args, answers)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(10)
-    return found
+    with ThreadPoolExecutor(size) as pool:
+        return dict(enumerate(pool.map(run, range(size))))
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_shared_selection_has_the_same_bits(size):
-    assert in_processes(select_shared, size, None) == dict.fromkeys(range(size), [])
+def test_a_shared_selection_has_the_same_bits(size, monkeypatch):
+    assert select_shared(size, None, monkeypatch) == dict.fromkeys(range(size), [])
 
 
-def test_a_share_that_is_a_row_off_is_seen():
-    seen = in_processes(select_shared, 2, a_row_late)
+def test_a_share_that_is_a_row_off_is_seen(monkeypatch):
+    seen = select_shared(2, a_row_late, monkeypatch)
     assert all(case.name in names for names in seen.values() for case in SHARED[:3]), seen
 
 
@@ -227,6 +220,20 @@ def ask(rank: int, size: int, port: int, facts: list[dict | None], answers) -> N
     answers.close()
     answers.join_thread()
     os._exit(0)
+
+
+def in_processes(function: Callable, size: int, *args: Any) -> dict[int, Any]:
+    """What each of ``size`` ranks, forked from this process, puts into its queue: (rank, answer). They compute nothing:
+    torch may hang in a fork."""
+    context = multiprocessing.get_context("fork")
+    answers, port = context.Queue(), free_port()
+    processes = [context.Process(target=function, args=(rank, size, port, *args, answers)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(10)
+    return found
 
 
 def verdicts(facts: list[dict | None]) -> dict[int, str]:
