@@ -31,7 +31,10 @@ def write_glm(path, **extra) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("key", SHARING)
+@pytest.mark.parametrize(
+    "key",
+    ["indexer_types", *(pytest.param(key, marks=pytest.mark.slow) for key in list(SHARING)[1:])],
+)
 def test_logprobs_equal_transformers(tmp_path, key):
     write_glm(tmp_path, **SHARING[key])
     asked = prompts(config_of(tmp_path))

@@ -62,10 +62,10 @@ def within(difference: torch.Tensor, limits: tuple[float, float]) -> bool:
     "name, kv_cache_dtype",
     [
         ("six_heads_yarn", "auto"),  # kv_lora_rank 64: fp8_ds_mla is refused there, see test_platform.py
-        ("topk48_plain_rope", "auto"),
+        pytest.param("topk48_plain_rope", "auto", marks=pytest.mark.slow),
         ("topk48_plain_rope", "fp8_ds_mla"),
         ("topk64_yarn", "auto"),
-        ("topk64_yarn", "fp8_ds_mla"),
+        pytest.param("topk64_yarn", "fp8_ds_mla", marks=pytest.mark.slow),
     ],
 )
 def test_logprobs_equal_transformers(checkpoints, name, kv_cache_dtype):

@@ -42,7 +42,12 @@ def answers(running, asked, **params) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     "block_size, chunk, kv_cache_dtype",
-    [(16, 64, "auto"), (64, 256, "auto"), (128, 64, "fp8_ds_mla"), (16, 256, "fp8_ds_mla")],
+    [
+        (16, 64, "auto"),
+        pytest.param(64, 256, "auto", marks=pytest.mark.slow),
+        (128, 64, "fp8_ds_mla"),
+        pytest.param(16, 256, "fp8_ds_mla", marks=pytest.mark.slow),
+    ],
 )
 def test_right_and_the_same_in_any_company(folder, block_size, chunk, kv_cache_dtype):
     asked = questions()
@@ -81,6 +86,7 @@ def test_placement_and_shared_prefix(folder):
             assert words(answers(running, [(ids(prompt, True), "")])[0]) == prompt.answer
 
 
+@pytest.mark.slow  # make test has them, and more, in test_faults.py
 @pytest.mark.parametrize("fault", [rope_swapped, dense, sliding_window])
 def test_a_planted_fault_answers_wrongly(folder, fault):
     asked = questions((700, 1500))

@@ -250,7 +250,7 @@ def test_refusals_name_the_thing_and_what_is_allowed(call, message):
 
 
 @pytest.mark.parametrize("rounding", [False, True])
-@pytest.mark.parametrize("length", [300, 1000, 3000])
+@pytest.mark.parametrize("length", [300, pytest.param(1000, marks=pytest.mark.slow), 3000])
 def test_planted_answers_right(planted, model, monkeypatch, length, rounding):
     alter(monkeypatch, model, rounding=rounding)
     cases = ({"chat": True, "placement": "first"}, {"hops": 3}, {"placement": "last"}, {"chat": True, "hops": 2})
