@@ -33,7 +33,11 @@ def write_glm(path, **extra) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["indexer_types", *(pytest.param(key, marks=pytest.mark.slow) for key in list(SHARING)[1:])],
+    [
+        pytest.param("indexer_types", marks=pytest.mark.slow),
+        "index_topk_pattern",
+        pytest.param("index_topk_freq", marks=pytest.mark.slow),
+    ],
 )
 def test_logprobs_equal_transformers(tmp_path, key):
     write_glm(tmp_path, **SHARING[key])
