@@ -25,7 +25,9 @@ def named(check: str) -> tuple[ModuleType, Callable, dict[str, str]]:
     test = getattr(module, name)
     (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
     arguments, cases = mark.args
-    for values in (values if isinstance(values, tuple) else (values,) for values in cases):
+    for values in cases:
+        values = getattr(values, "values", values)  # of a pytest.param
+        values = values if isinstance(values, tuple) else (values,)
         if "-".join(values) == case:
             return module, test, dict(zip(arguments.split(", "), values, strict=True))
     raise AssertionError(f"{check}: {name} has no such case")
