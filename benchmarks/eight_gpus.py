@@ -13,7 +13,6 @@ most memory that a GPU holds. Everything is printed as it comes and kept in OUT/
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -34,17 +33,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 
 from tiny_checkpoint import build_prompt, build_tokenizer, write_planted  # noqa: E402
 
-from vllm_dsa.testing.server import Server, serve  # noqa: E402
+from vllm_dsa.testing.server import NO_MULTICAST, Server, serve  # noqa: E402
 
 NAME = "served"
-# NVLink multicast stays off: where a host's GPUs are shared between virtual machines, it may take all out of service.
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-}
 LAYOUTS = {
     "tp": ["--tensor-parallel-size", "{gpus}"],
     "dp_ep": ["--data-parallel-size", "{gpus}", "--enable-expert-parallel"],
@@ -118,7 +109,7 @@ def write_model(args: argparse.Namespace) -> Path:
 
 @contextmanager
 def served(args: argparse.Namespace, name: str, model: Path, who: str, flags: list[str]) -> Iterator[Server]:
-    environment = ENVIRONMENT | {"VLLM_DSA_DISABLE": "1" if who == "stock" else "0"}
+    environment = NO_MULTICAST | {"VLLM_DSA_DISABLE": "1" if who == "stock" else "0"}
     options = ["--served-model-name", NAME, "--kv-cache-dtype", "fp8_ds_mla", *flags]
     with serve(model, *options, env=environment, timeout=1800, log_path=args.out / f"{name}.log") as server:
         yield server
@@ -268,5 +259,4 @@ def middle(value: Any) -> float:
 
 
 if __name__ == "__main__":
-    os.environ |= ENVIRONMENT
     sys.exit(main())

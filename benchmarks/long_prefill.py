@@ -18,13 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-# NVLink multicast stays off: where a host's GPUs are shared between virtual machines, it may take all out of service.
-os.environ |= {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+from vllm_dsa.testing.server import NO_MULTICAST
+
+os.environ |= NO_MULTICAST | {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # ranks run functions of ours
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",

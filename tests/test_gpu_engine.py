@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -27,8 +29,6 @@ pytestmark = [
 V32 = Path(__file__).parents[1] / "benchmarks" / "v32"
 CACHES = ("fp8_ds_mla", "auto")
 TOP_K = 128
-# In bfloat16, of log-probabilities of one model by two implementations: as in test_axk2.py.
-BFLOAT16_LIMITS = (1.7e-2, 8.7e-2)
 SPARE = 256 << 20
 
 
@@ -248,7 +248,7 @@ def assert_close(name: str, got: list[float], want: list[float]) -> None:
     difference = (torch.tensor(got) - torch.tensor(want)).abs()
     p50, p90 = difference.median(), difference.quantile(0.9)
     print(f"{name}, {len(difference)} tokens: p50 {p50:.1e} p90 {p90:.1e} max {difference.max():.1e}")
-    assert p50 <= BFLOAT16_LIMITS[0] and p90 <= BFLOAT16_LIMITS[1]
+    assert p50 <= BFLOAT16_LOGPROBS[0] and p90 <= BFLOAT16_LOGPROBS[1]
 
 
 @pytest.mark.parametrize("heads", [16, 128])

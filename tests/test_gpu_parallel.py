@@ -23,6 +23,9 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
+from vllm_dsa.testing.server import NO_MULTICAST
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -33,14 +36,7 @@ pytestmark = [
 HERE = Path(__file__).parent
 TOP_K = 128
 SECONDS, AT_ONCE = 120, 4  # of one engine; GPU processes
-# NVLink multicast stays off, in every library that would use it: where a host's GPUs are shared between virtual
-# machines, a program that uses it may take all of them out of service.
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+ENVIRONMENT = NO_MULTICAST | {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # else ranks run no function of ours
     "VLLM_DSA_REQUIRED": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -63,8 +59,6 @@ OPTIONS: dict[str, Any] = dict(
 )
 TWO = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
 STAGES = dict(pipeline_parallel_size=2, distributed_executor_backend="mp")
-# |difference| of log-probabilities in bfloat16, median and 90th percentile, as in test_gpu_engine.py.
-LOGPROBS = (1.7e-2, 8.7e-2)
 # |difference| of the selected scores as a share of a row's best one, 90th percentile of a layer: three times what was
 # measured on CPUs (0, 1.1e-2, 6.4e-2, 5.8e-2 by layer), where other sums turn a bit of bfloat16, and that a selection.
 SCORES = 0.2
@@ -250,7 +244,7 @@ def compared(name: str, scores: list[torch.Tensor], alone: list[torch.Tensor]) -
     difference = (torch.cat(scores) - torch.cat(alone)).abs()
     p50, p90 = difference.median(), difference.quantile(0.9)
     print(f"{name}: {len(difference)} log-probabilities, p50 {p50:.1e} p90 {p90:.1e} max {difference.max():.1e}")
-    assert p50 <= LOGPROBS[0] and p90 <= LOGPROBS[1]
+    assert p50 <= BFLOAT16_LOGPROBS[0] and p90 <= BFLOAT16_LOGPROBS[1]
 
 
 def answered(found: dict[str, Any], plain: dict[str, Any], name: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -43,8 +45,6 @@ SIZES |= dict(index_n_heads=8, num_nextn_predict_layers=0)
 OPTIONS: dict[str, Any] = dict(dtype="bfloat16", block_size=64, max_num_batched_tokens=256, max_model_len=4096)
 OPTIONS |= dict(kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05)
 KINDS = ("random", "plain", "planted")  # plain: what the random one stands for
-# In bfloat16, of log-probabilities of one model by two implementations: as in test_axk2.py.
-LIMITS = (1.7e-2, 8.7e-2)
 
 
 def kernels(model: torch.nn.Module) -> set[str]:
@@ -161,7 +161,7 @@ def test_logprobs_are_those_of_the_dequantised_checkpoint(processes, form):
     assert not any("Marlin" in name or "Machete" in name for name in plain["kernels"]), plain["kernels"]
     # ModelOpt's checkpoint asks for an FP8 cache.
     assert ours["cache"] == plain["cache"] == ("fp8_ds_mla" if form == "nvfp4" else "auto")
-    assert p50 <= LIMITS[0] and p90 <= LIMITS[1] < spread
+    assert p50 <= BFLOAT16_LOGPROBS[0] and p90 <= BFLOAT16_LOGPROBS[1] < spread
 
 
 @pytest.mark.parametrize("form", LEFT_OUT)

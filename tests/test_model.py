@@ -13,6 +13,8 @@ from engine import Engine, engine
 from oracle import Oracle
 from tiny_checkpoint import write_random
 
+from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
+
 # (median, 90th percentile) of |difference| of log-probabilities, by cache dtype.
 LIMITS = {"auto": (5e-4, 1.5e-2), "fp8_ds_mla": (6e-3, 4e-2)}
 SMALL = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=6, kv_lora_rank=64, qk_nope_head_dim=32)
@@ -91,7 +93,7 @@ def test_bfloat16(checkpoints):
     with engine(folder, dtype="bfloat16") as running:
         difference = differences(running, Oracle(folder), asked)
         print(f"bfloat16: p50 {difference.median():.1e} p90 {difference.quantile(0.9):.1e}")
-        assert within(difference, (1.7e-2, 8.7e-2)), (difference.median(), difference.quantile(0.9))
+        assert within(difference, BFLOAT16_LOGPROBS), (difference.median(), difference.quantile(0.9))
 
 
 def test_topk_of_the_whole_prompt_is_dense(checkpoints):

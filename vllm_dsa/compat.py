@@ -179,8 +179,8 @@ def vendor_refusals() -> list[str]:
     if vllm_version().startswith("0.32."):
         reasons.append(_OLD_SCORES)
     supported, reason = is_flashmla_sparse_supported()
-    if not supported and not own_flash_mla():
-        reasons.append(f"FlashMLA: {reason}" + "".join(f"; {lack}" for lack in old_flash_mla()))
+    if not supported:
+        reasons += _without_vllms_flash_mla(reason)
     if not is_deep_gemm_supported():
         reasons.append("DeepGEMM: the installed vLLM has no copy of it for this GPU")
     return reasons + old_deep_gemm_refusals()
@@ -210,6 +210,11 @@ def old_flash_mla() -> list[str]:
     for name, wanted in FLASH_MLA_ARGUMENTS.items():
         lacking += [f"{argument} of {name}" for argument in sorted(wanted - found.get(name, wanted))]
     return [f"the FlashMLA in {folder} is too old, it lacks {', '.join(lacking)}"] if lacking else []
+
+
+def _without_vllms_flash_mla(reason: str | None) -> list[str]:
+    """Why no FlashMLA serves, where vLLM's copy does not for ``reason``; empty if the one beside it does."""
+    return [] if own_flash_mla() else ["; ".join([f"FlashMLA: {reason}", *old_flash_mla()])]
 
 
 @functools.cache
@@ -248,10 +253,8 @@ def vendor_refusals_by_files(vllm: Path, version: str) -> list[str]:
     """vendor_refusals() as far as the files in vLLM's folder show, without loading any of them."""
     reasons = [_OLD_SCORES] if version.startswith("0.32.") else []
     absent = [name for name in FLASH_MLA_FILES if not any(vllm.glob(name))]
-    if absent and not own_flash_mla():
-        reasons.append(
-            f"FlashMLA: {vllm} has no {', '.join(absent)}" + "".join(f"; {lack}" for lack in old_flash_mla())
-        )
+    if absent:
+        reasons += _without_vllms_flash_mla(f"{vllm} has no {', '.join(absent)}")
     if os.environ.get("VLLM_USE_DEEP_GEMM", "1").strip() == "0":
         reasons.append("DeepGEMM: VLLM_USE_DEEP_GEMM=0 is set")
     if own_deep_gemm() is None and not any(vllm.glob(DEEP_GEMM_FILE)):

@@ -18,6 +18,15 @@ from pathlib import Path
 HOST = "127.0.0.1"
 # Nothing is fetched and nothing reported; CPU servers need the size of their cache (GiB), GPU servers ignore it.
 SERVE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# NVLink multicast stays off, in every library that would use it: where a host's GPUs are shared between virtual
+# machines, a program that uses it may take all of them out of service. For servers and engines on several GPUs.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
 GRACE_S = 10
 # "KeyError: ..." at the start of a line, or after vLLM's "(Worker pid=1) ERROR 01-31 12:00:00 [file.py:1] "; pydantic's
 # ValidationError says what is wrong in the next line.
