@@ -11,7 +11,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from engine import engine, load, unloaded
 from fp8_bytes import read
-from test_axk2 import BFLOAT16_LIMITS
 from test_glm import PATTERN
 from test_glm import SIZES as GLM_SIZES
 from test_gpu_w4 import kernels, wrong_weights
@@ -30,6 +29,7 @@ from write_4bit import FORMATS, MIXED, quantise, write
 from vllm_dsa import checkpoint, quant
 from vllm_dsa.checkpoint import CheckpointError, wanted
 from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
 from vllm_dsa.tools import memory
 
 INTEGERS = ("awq", "gptq", "w4a16", "w4a16-zeros")
@@ -390,11 +390,11 @@ def test_logprobs_are_those_of_the_dequantised_checkpoint(form, tmp_path, sixtee
         difference = (torch.cat(running.prompt_logprobs(asked)) - expected).abs()
         p50, p90, most = difference.median(), difference.quantile(0.9), difference.max()
         print(f"{form}: p50 {p50:.1e} p90 {p90:.1e} max {most:.1e} of {expected.std():.1e}")
-        return within(difference, BFLOAT16_LIMITS)
+        return within(difference, BFLOAT16_LOGPROBS)
 
     with engine(folder, dtype="bfloat16") as running:
         assert kernels(running.model) >= {"CPUWNA16LinearKernel"}
-        assert compared(running) and expected.std() > BFLOAT16_LIMITS[1]
+        assert compared(running) and expected.std() > BFLOAT16_LOGPROBS[1]
     if form in ("awq", "w4a16"):  # of the weights that are only read
         monkeypatch.setattr(quant, *FAULTS[form])
         with engine(folder, dtype="bfloat16") as running:
@@ -415,7 +415,7 @@ def test_glm(tmp_path, sixteen_bits):
             logprobs.append(torch.cat(running.prompt_logprobs(prompts(config))))
     difference = (logprobs[0] - logprobs[1]).abs()
     print(f"GLM: p50 {difference.median():.1e} p90 {difference.quantile(0.9):.1e} of {logprobs[0].std():.1e}")
-    assert within(difference, BFLOAT16_LIMITS) and logprobs[0].std() > BFLOAT16_LIMITS[1]
+    assert within(difference, BFLOAT16_LOGPROBS) and logprobs[0].std() > BFLOAT16_LOGPROBS[1]
 
 
 @pytest.mark.slow
