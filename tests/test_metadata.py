@@ -44,7 +44,15 @@ def test_no_request():
 
 @pytest.mark.parametrize(
     ("starts", "ends", "tokens"),
-    [((0, 3, 5, 6), (3, 34, 40), 6), ((0, 3, 5, 6), (3, 34, 40), 9), ((0, 1, 2, 3), (1, 16, 17), 3), ((0, 2), (9,), 5)],
+    [
+        ((0, 3, 5, 6), (3, 34, 40), 6),
+        ((0, 3, 5, 6), (3, 34, 40), 9),
+        ((0, 1, 2, 3), (1, 16, 17), 3),
+        ((0, 1, 2, 3), (1, 16, 17), 5),  # one row each, and more rows than requests
+        ((0, 1, 2, 2), (7, 16, 99), 3),  # what pads a graph may still have a length
+        ((0, 1, 1, 2), (7, 12, 3), 2),
+        ((0, 2), (9,), 5),
+    ],
 )
 def test_rows_in_fixed_buffers_are_the_same(starts, ends, tokens):
     table = TABLE[: len(ends)]
