@@ -28,7 +28,7 @@ from vllm_dsa import cache
 from vllm_dsa.kernels import Norms, Rope, triton_attend, triton_configs, triton_select, triton_write
 from vllm_dsa.metadata import Rows
 
-MAX_SPILLED = {"top_k": 192}  # bytes a thread; other kernels: 64. top_k: see triton_configs.Rank
+MAX_SPILLED = {"top_k": 224}  # bytes a thread; other kernels: 64. top_k: see triton_configs.Rank
 # Of attend with more than 16 heads: nothing with Triton 3.6, which all supported vLLMs have on GPUs; this with 3.9.
 MAX_SPILLED_LATER = 1088
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -191,6 +191,9 @@ def _select(shape: Shape) -> None:
     weights = torch.zeros(4, shape.index_heads)
     out = torch.zeros(4, shape.top_k, dtype=torch.int32)
     triton_select.select(codes, weights, _index_cache(shape), _rows(shape), out)
+    many = 1024  # top-k of prefills has a configuration of its own
+    out = torch.zeros(many, shape.top_k, dtype=torch.int32)
+    triton_select.top_k_rows(torch.zeros(1, 64), torch.zeros(many, dtype=torch.int32), out)
 
 
 def _attend(shape: Shape) -> None:
