@@ -26,6 +26,10 @@ NO_MULTICAST = {
     "NVSHMEM_DISABLE_NVLS": "1",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_USE_NCCL_SYMM_MEM": "0",
+    # Stock DSA layers fuse their all-reduce with a norm through FlashInfer whatever is set above, and with its default
+    # "auto" FlashInfer makes multicast objects itself. "trtllm" makes none.
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
 }
 GRACE_S = 10
 # "KeyError: ..." at the start of a line, or after vLLM's "(Worker pid=1) ERROR 01-31 12:00:00 [file.py:1] "; pydantic's
