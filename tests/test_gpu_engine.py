@@ -124,6 +124,10 @@ def mixed_schedule(path: str, **options: Any) -> dict[str, Any]:
 
 
 LENGTHS = (1150, 1200, 1250, 1300, 1400, 1500, 1700, 6000)
+# Nats. min_tokens forbids the end of the sequence, which is 16 nats likelier than the word that is given, and this 17
+# likelier than any other: tokens must be equal. The score is a difference of two bfloat16 logits, in whose steps of 1/4
+# and 1/8 padded products may differ, of each by two; every wrongly selected row of 128 costs 1/8.
+SCORES = 0.75
 GRAPHS = {"none": "NONE", "piecewise": "PIECEWISE", "full": "FULL_AND_PIECEWISE"}
 
 
@@ -153,8 +157,12 @@ def test_graphs_change_nothing(heads, kind, planted):
         assert [step[1:] for step in results[name]["steps"]] == [step[1:] for step in results["none"]["steps"]]
         assert results[name]["tokens"] == results["none"]["tokens"]
         got, want = (torch.tensor(sum(results[each]["scores"], [])) for each in (name, "none"))
-        print(f"{heads} heads, {kind}, {name}: log-probabilities differ by at most {(got - want).abs().max():.1e}")
-        assert (got - want).abs().max() <= 2e-2  # products of padded batches round otherwise
+        difference = (got - want).abs()
+        print(
+            f"{heads} heads, {kind}, {name}: log-probabilities differ by at most {difference.max():.3f}, "
+            f"{(difference > 0).float().mean():.1%} of them"
+        )
+        assert difference.max() <= SCORES
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
@@ -273,8 +281,9 @@ def test_as_stock(heads, tmp_path):
 
 
 def environment(**values: str) -> dict[str, str]:
-    """What a server starts with, whatever an engine in this process has set."""
-    return dict(os.environ) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_DSA_REQUIRED": "1"} | values
+    """What a server starts with, whatever engine.py has set in this process."""
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", "VLLM_DSA_REQUIRED": "1"}
+    return dict(os.environ) | ours | values
 
 
 SERVE = ["--dtype=bfloat16", "--block-size=64", "--served-model-name=served", "--max-num-seqs=8"]
