@@ -1,5 +1,6 @@
 """README's table of what fits is what `vllm-dsa plan` says today, of the published sizes."""
 
+import functools
 import json
 import re
 from itertools import product
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_plan import GLM5, SHARED, V32, W4A16
 
+from vllm_dsa.config import DSAConfig
+from vllm_dsa.tools import memory
 from vllm_dsa.tools.main import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -20,6 +23,21 @@ FORMATS = {
     "W4A16": {"quantization_config": W4A16},
     "NVFP4": {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": LEFT_OUT}},
 }
+
+
+_weights = memory.weights
+
+
+@functools.cache
+def _counted(hf_config: str) -> memory.Weights:
+    config = json.loads(hf_config)
+    return _weights(Path("/nonexistent"), config, DSAConfig.from_hf(config))
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch):
+    """Weights do not depend on the GPU: each model's are counted for the first one."""
+    monkeypatch.setattr(memory, "weights", lambda folder, hf_config, config: _counted(json.dumps(hf_config)))
 
 
 def rows() -> list[tuple[list[tuple[str, str]], list[str]]]:
