@@ -51,6 +51,7 @@ def running(path: Path, **options: Any) -> Iterator[Any]:
 
     defaults = dict(dtype="bfloat16", block_size=64, max_model_len=8192)
     defaults |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 << 30)  # others use this GPU as well
+    defaults |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
     with engine(path, **defaults | options) as found:
         yield found
 
@@ -289,6 +290,7 @@ def environment(**values: str) -> dict[str, str]:
 SERVE = ["--dtype=bfloat16", "--block-size=64", "--served-model-name=served", "--max-num-seqs=8"]
 SERVE += ["--gpu-memory-utilization=0.1", f"--kv-cache-memory-bytes={2 << 30}"]
 SERVE += ["--compilation-config", json.dumps({"cudagraph_capture_sizes": [1, 8]})]
+SERVE += ["--kernel-config", json.dumps({"enable_flashinfer_autotune": False})]
 
 
 def test_serve_through_triton(planted):

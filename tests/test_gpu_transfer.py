@@ -28,16 +28,20 @@ OPTIONS: dict[str, Any] = dict(
     kv_cache_memory_bytes=4 << 30,
     # One prompt of 6,000 tokens and not half of another.
     num_gpu_blocks_override=8192 // 64 + 2,
+    kernel_config={"enable_flashinfer_autotune": False},  # ten seconds of a start
 )
+HOST_BYTES = 64 << 20  # in /dev/shm, which may be small: pages of the three prompts take 24 to 40 MB
 TO_HOST = {
     "kv_connector": "OffloadingConnector",
     "kv_role": "kv_both",
-    "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 30},
+    "kv_connector_extra_config": {"cpu_bytes_to_use": HOST_BYTES},
 }
 WAYS: dict[str, dict[str, Any]] = {
     "--kv-transfer-config": dict(kv_transfer_config=TO_HOST),
     "--kv-offloading-size, CUDA graphs": dict(
-        kv_offloading_size=1.0, enforce_eager=False, compilation_config={"cudagraph_capture_sizes": [1, 8]}
+        kv_offloading_size=HOST_BYTES / 2**30,
+        enforce_eager=False,
+        compilation_config={"cudagraph_capture_sizes": [1, 8]},
     ),
 }
 

@@ -1,7 +1,7 @@
 """4-bit checkpoints on a GPU, through vLLM's own kernels: on Hopper Machete and Marlin, NVFP4 as Marlin's weights only.
 
 `python -m pytest -m gpu tests/test_gpu_w4.py` needs vLLM's CUDA build. Checkpoints are written on the spot, and each is
-served by a process of its own, all at once on one GPU; each has two minutes.
+served by a process of its own, several at a time on one GPU; each has two minutes. Run it as one process: no -n.
 
     python tests/test_gpu_w4.py KIND FORMAT DIR OUT    what one such process does
 """
@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-SECONDS = 120
+SECONDS, AT_ONCE = 120, 10  # of one process; processes
 # What each checkpoint leaves out: nothing, what is only read, all attention, parts of fused modules.
 LEFT_OUT = {
     "awq": [],
@@ -44,6 +46,7 @@ SIZES = dict(hidden_size=256, q_lora_rank=128, num_attention_heads=16, intermedi
 SIZES |= dict(index_n_heads=8, num_nextn_predict_layers=0)
 OPTIONS: dict[str, Any] = dict(dtype="bfloat16", block_size=64, max_num_batched_tokens=256, max_model_len=4096)
 OPTIONS |= dict(kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05)
+OPTIONS |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
 KINDS = ("random", "plain", "planted")  # plain: what the random one stands for
 
 
@@ -105,7 +108,7 @@ def serve(kind: str, form: str, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, request):
-    """(kind, form) -> (process, log, file of its result, time of its start), for the selected tests, all at once."""
+    """(kind, form) -> (future of a process's end, its log, file of its result), for the selected tests."""
     sys.path[:0] = [str(HERE)]
     from write_4bit import write
 
@@ -122,29 +125,34 @@ def processes(tmp_path_factory, request):
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "examples"), str(HERE.parent)])
     environment = os.environ | {"VLLM_DSA_PROVIDER": "triton", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [paths, os.environ.get("PYTHONPATH")]))
-    started = {}
-    for (kind, form), folder in folders.items():
-        log, out = path / f"{kind}-{form}.log", path / f"{kind}-{form}.pt"
-        command = [sys.executable, str(Path(__file__).resolve()), kind, form, str(folder), str(out)]
+    running: list[subprocess.Popen] = []
+
+    def run(command: list[str], log: Path) -> int:
         with open(log, "w") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        started[kind, form] = process, log, out, time.time()
-    yield started
-    for process, *_ in started.values():
-        if process.poll() is None:
+        running.append(process)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS)
+        process.kill()
+        return process.wait()
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        started = {}
+        for (kind, form), folder in folders.items():
+            log, out = path / f"{kind}-{form}.log", path / f"{kind}-{form}.pt"
+            command = [sys.executable, str(Path(__file__).resolve()), kind, form, str(folder), str(out)]
+            started[kind, form] = pool.submit(run, command, log), log, out
+        yield started
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
             process.kill()
-        process.wait()
 
 
 def result_of(processes: Any, kind: str, form: str) -> dict[str, Any]:
-    process, log, out, start = processes[kind, form]
-    try:
-        process.wait(max(1, start + SECONDS - time.time()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-    process.wait()
+    ended, log, out = processes[kind, form]
+    status = ended.result()
     if not out.exists():
-        pytest.fail(f"{kind} {form}: status {process.returncode}\n{log.read_text()[-4000:]}")
+        pytest.fail(f"{kind} {form}: status {status}\n{log.read_text()[-4000:]}")
     return torch.load(out)
 
 
