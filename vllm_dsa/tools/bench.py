@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare == "stock":
         from vllm_dsa.tools import stock
 
+        torch.cuda.empty_cache()  # the engines ask for most of the GPU's memory
         report["results"] += stock.results(heads, lengths, requests, args.kv_cache_dtype)
     if args.png:
         from vllm_dsa.tools import plot
