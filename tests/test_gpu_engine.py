@@ -30,6 +30,7 @@ V32 = Path(__file__).parents[1] / "benchmarks" / "v32"
 CACHES = ("fp8_ds_mla", "auto")
 TOP_K = 128
 SPARE = 256 << 20
+SECONDS = 180  # of a server's start, or of one engine's process
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +75,7 @@ def in_a_process_each(calls: dict[str, tuple[str, dict, dict[str, str]]]) -> dic
                         stderr=subprocess.STDOUT,
                     )
             for name, process in processes.items():
-                status, printed = process.wait(timeout=240), Path(f"{folder}/{name}").read_text()
+                status, printed = process.wait(timeout=SECONDS), Path(f"{folder}/{name}").read_text()
                 assert status == 0, f"{name}: {printed[-3000:]}"
                 results[name] = json.loads(next(x[7:] for x in printed.splitlines() if x.startswith("RESULT ")))
         finally:
@@ -300,7 +301,7 @@ def test_serve_through_triton(planted):
 
     from vllm_dsa.testing.server import serve
 
-    with serve(planted[128], *SERVE, env=environment(VLLM_DSA_PROVIDER="triton"), timeout=240) as server:
+    with serve(planted[128], *SERVE, env=environment(VLLM_DSA_PROVIDER="triton"), timeout=SECONDS) as server:
         assert "select: triton, attend: triton" in server.log()
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
         for length in (1200, 3000, 6000):
@@ -325,7 +326,7 @@ def test_serve_latents_of_128_and_32(tmp_path):
     scores = {}
     for provider in ("triton", "reference"):
         options = [*SERVE, "--max-model-len=4096"] + ["--enforce-eager"] * (provider == "reference")
-        with serve(tmp_path, *options, env=environment(VLLM_DSA_PROVIDER=provider), timeout=240) as server:
+        with serve(tmp_path, *options, env=environment(VLLM_DSA_PROVIDER=provider), timeout=SECONDS) as server:
             assert f"select: {provider}, attend: {provider}" in server.log()
             client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
             reply = client.completions.create(model="served", prompt=prompt, max_tokens=1, echo=True, logprobs=0)
@@ -344,7 +345,7 @@ def test_a_chat_of_138000_tokens(tmp_path):
     sizes = dict(index_topk=TOP_K, num_attention_heads=16, index_n_heads=64)
     write_planted(tmp_path, check=False, dtype="bfloat16", **sizes)
     options = [*SERVE, f"--max-model-len={longest}", "--kv-cache-dtype=fp8_ds_mla"]
-    with serve(tmp_path, *options, env=environment(), timeout=240) as server:
+    with serve(tmp_path, *options, env=environment(), timeout=SECONDS) as server:
         assert "select: vendor, attend: vendor" in server.log()
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120)
         # The planted patterns' slow frequencies have turned too far between facts at the start and the question.
