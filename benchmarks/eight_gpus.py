@@ -7,12 +7,17 @@ Layouts: tp, tensor parallel over all GPUs; dp_ep, a data-parallel rank a GPU wi
 MTP tokens.
 The gate runs first, in each layout: the planted checkpoint must answer right under the plugin, else that layout is not
 timed. Then stock and plugin each serve in turn. Measured are the time to /health; tokens of the KV cache; prefill, from
-request to answer of one token; decode, the time between tokens of all requests of a batch; `vllm bench serve`; and the
-most memory that a GPU holds. Everything is printed as it comes and kept in OUT/results.json.
+request to answer of one token; decode, the time between parts of the answers of all requests of a batch (with drafts, a
+part may be several tokens); `vllm bench serve`; and the most memory that a GPU holds. Everything is printed as it comes
+and kept in OUT/results.json; a server that fails is named there, and the next one is measured.
+
+Dummy weights would send every token to the same few experts, so vLLM draws the experts at random, for both. NVLink
+multicast is off, so stock's fused all-reduce is FlashInfer's "trtllm", which FlashInfer compiles at the first start.
 """
 
 import argparse
 import json
+import math
 import random
 import re
 import shutil
@@ -33,7 +38,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 
 from tiny_checkpoint import build_prompt, build_tokenizer, write_planted  # noqa: E402
 
-from vllm_dsa.testing.server import NO_MULTICAST, Server, serve  # noqa: E402
+from vllm_dsa.testing.server import NO_MULTICAST, Server, ServerError, exit_on_sigterm, serve  # noqa: E402
 
 NAME = "served"
 LAYOUTS = {
@@ -41,6 +46,7 @@ LAYOUTS = {
     "dp_ep": ["--data-parallel-size", "{gpus}", "--enable-expert-parallel"],
 }
 TOP_K, REPEATS, STEPS = 128, 3, 48
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before a server of this machine
 
 
 def main() -> int:
@@ -58,11 +64,17 @@ def main() -> int:
     parser.add_argument("--load-requests", type=int, default=256)
     parser.add_argument("--config", default="{}", help="JSON: further values of the model's config")
     parser.add_argument("--serve", default="", help="further arguments of vllm serve, separated by spaces")
+    parser.add_argument(
+        "--routing", default="uniform_random", help="to experts, as vLLM simulates it; empty: it does not"
+    )
+    parser.add_argument("--start-seconds", type=float, default=1800, help="how long a server may take to start")
     parser.add_argument("--out", type=Path, default=Path("eight-gpus"))
     args = parser.parse_args()
+    exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     model = write_model(args)
-    results, red = [], []
+    results: list[dict[str, Any]] = []
+    red = []
     for layout in args.layouts.split(","):
         flags = [flag.format(gpus=args.gpus) for flag in LAYOUTS[layout]] if args.gpus > 1 else []
         flags += args.serve.split()
@@ -72,13 +84,17 @@ def main() -> int:
         for drafts in ints(args.drafts):
             for who in args.who.split(","):
                 row: dict[str, Any] = {"layout": layout, "drafts": drafts, "who": who}
-                measure(args, model, [*flags, *draft_flags(drafts)], row)
                 results.append(row)
-                (args.out / "results.json").write_text(json.dumps(results, indent=1))
+                try:
+                    measure(args, model, [*flags, *draft_flags(drafts)], row)
+                except (ServerError, OSError, RuntimeError) as error:
+                    note(row, "failed", getattr(error, "cause", "") or str(error)[-2000:])
+                finally:
+                    (args.out / "results.json").write_text(json.dumps(results, indent=1))
     table(results)
     if red:
         print(f"The gate was red, and nothing timed, in: {', '.join(red)}. Logs are in {args.out}.")
-    return bool(red)
+    return int(bool(red) or any("failed" in row for row in results))
 
 
 def ints(text: str) -> list[int]:
@@ -108,10 +124,14 @@ def write_model(args: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def served(args: argparse.Namespace, name: str, model: Path, who: str, flags: list[str]) -> Iterator[Server]:
-    environment = NO_MULTICAST | {"VLLM_DSA_DISABLE": "1" if who == "stock" else "0"}
+def served(
+    args: argparse.Namespace, name: str, model: Path, who: str, flags: list[str], more: dict[str, str] | None = None
+) -> Iterator[Server]:
+    environment = NO_MULTICAST | {"VLLM_DSA_DISABLE": "1" if who == "stock" else "0"} | (more or {})
     options = ["--served-model-name", NAME, "--kv-cache-dtype", "fp8_ds_mla", *flags]
-    with serve(model, *options, env=environment, timeout=1800, log_path=args.out / f"{name}.log") as server:
+    with serve(
+        model, *options, env=environment, timeout=args.start_seconds, log_path=args.out / f"{name}.log"
+    ) as server:
         yield server
 
 
@@ -120,14 +140,19 @@ def gate(args: argparse.Namespace, layout: str, flags: list[str]) -> bool:
     planted = args.out / "planted"
     if not planted.exists():
         sizes = dict(index_topk=TOP_K, num_attention_heads=16 * args.gpus, index_n_heads=64)
+        sizes |= dict(intermediate_size=64 * args.gpus, moe_intermediate_size=64 * args.gpus)
         write_planted(planted, check=False, dtype="bfloat16", **sizes)
     right = []
-    with served(args, f"gate-{layout}", planted, "plugin", ["--max-model-len", "8192", *flags]) as server:
-        for length in (1200, 3000, 6000):
-            prompt = build_prompt(length, length, chat=True, copies=TOP_K)
-            body = {"messages": [{"role": "user", "content": prompt.text}], "max_tokens": 4, "temperature": 0}
-            reply = json.load(post(server, "/v1/chat/completions", body))
-            right.append(reply["choices"][0]["message"]["content"].split() == prompt.answer.split())
+    try:
+        with served(args, f"gate-{layout}", planted, "plugin", [*flags, "--max-model-len", "8192"]) as server:
+            for length in (1200, 3000, 6000):
+                prompt = build_prompt(length, length, chat=True, copies=TOP_K)
+                body = {"messages": [{"role": "user", "content": prompt.text}], "max_tokens": 4, "temperature": 0}
+                reply = json.load(post(server, "/v1/chat/completions", body))
+                right.append(reply["choices"][0]["message"]["content"].split() == prompt.answer.split())
+    except (ServerError, OSError) as error:
+        print(f"gate, {layout}: {error}", flush=True)
+        return False
     print(f"gate, {layout}: {'right' if all(right) else f'WRONG: {right}'}", flush=True)
     return all(right)
 
@@ -135,7 +160,7 @@ def gate(args: argparse.Namespace, layout: str, flags: list[str]) -> bool:
 def post(server: Server, path: str, body: dict[str, Any]) -> Any:
     data = json.dumps({"model": NAME} | body).encode()
     request = urllib.request.Request(server.base_url + path, data, {"Content-Type": "application/json"})
-    return urllib.request.urlopen(request, timeout=1800)
+    return DIRECT.open(request, timeout=1800)
 
 
 def measure(args: argparse.Namespace, model: Path, flags: list[str], row: dict[str, Any]) -> None:
@@ -143,7 +168,8 @@ def measure(args: argparse.Namespace, model: Path, flags: list[str], row: dict[s
     name = f"{row['layout']}-mtp{row['drafts']}-{row['who']}"
     flags = ["--load-format", "dummy", *flags]
     begin = time.monotonic()
-    with Memory() as memory, served(args, name, model, row["who"], flags) as server:
+    routing = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": args.routing}
+    with Memory() as memory, served(args, name, model, row["who"], flags, routing) as server:
         note(row, "load_s", round(time.monotonic() - begin, 1))
         sizes = re.findall(r"KV cache size: ([\d,]+) tokens", server.log())
         note(row, "kv_tokens", sum(int(size.replace(",", "")) for size in sizes))
@@ -187,7 +213,7 @@ def decode(server: Server, context: int, requests: int) -> float:
         if begin <= before and after <= end
     ]
     # Where prefills took longer than the answers, no moment had all requests decoding.
-    return round(1e3 * statistics.median(gaps), 3) if gaps else float("nan")
+    return round(1e3 * statistics.median(gaps), 3) if gaps else math.nan
 
 
 def stream(server: Server, context: int) -> list[float]:
@@ -244,11 +270,11 @@ def table(results: list[dict[str, Any]]) -> None:
     for row in results:
         pairs.setdefault((row["layout"], row["drafts"]), {})[row["who"]] = row
     for (layout, drafts), rows in pairs.items():
-        for key in next(iter(rows.values())):
-            if key in ("layout", "drafts", "who"):
+        for key in {key: None for row in rows.values() for key in row}:  # in their order
+            if key in ("layout", "drafts", "who", "failed"):
                 continue
-            a, b = (middle(rows[who][key]) if who in rows else float("nan") for who in ("stock", "plugin"))
-            ratio = f"{a / b:>8.2f}x" if key.endswith("_ms") and b else ""
+            a, b = (middle(rows.get(who, {}).get(key, math.nan)) for who in ("stock", "plugin"))
+            ratio = f"{a / b:>8.2f}x" if key.endswith("_ms") and a / b > 0 else ""
             print(f"{f'{layout}, MTP {drafts}: {key}':<44}{a:>12,.1f}{b:>12,.1f}{ratio}")
 
 

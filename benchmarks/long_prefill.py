@@ -28,7 +28,7 @@ os.environ |= NO_MULTICAST | {
 import torch
 
 HERE = Path(__file__).parent
-KERNELS = ("mqa_logits", "_top_k_kernel", "AllGather", "sparse_attn_fwd", "")  # parts of names; "": all
+KERNELS = ("mqa_logits", "_top_k_kernel", "AllGather", "att", "")  # parts of names, "att" of both providers'; "": all
 NAMES = ("scored", "ranked", "gathered", "attended", "all kernels")
 SELECT_RATIO = 0.60  # what sharing is to bring select down to, on two ranks
 
