@@ -85,6 +85,12 @@ def test_what_cannot_be_timed_says_why(options, says, capsys, one_thread):
     assert says in capsys.readouterr().err
 
 
+def test_a_provider_that_is_unknown_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DSA_PROVIDER", "cuda")
+    assert main(["bench", "--op", "write", "--lengths", "16", "--rows", "1"]) == 2
+    assert "VLLM_DSA_PROVIDER='cuda' is not one of vendor" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(bool(find_spec("matplotlib")), reason="without matplotlib")
 def test_without_matplotlib_it_says_how_to_get_it(capsys):
     assert main(["bench", "--png", "x.png"]) == 2
@@ -95,6 +101,8 @@ def test_help_has_an_example():
     done = bench("--help")
     assert done.returncode == 0
     assert "examples:\n  vllm-dsa bench" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "--kv-cache-dtype {auto,fp8_ds_mla} default: fp8_ds_mla" in words
 
 
 CASE = Case(

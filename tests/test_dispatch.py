@@ -1,8 +1,11 @@
 """Which provider serves: chosen, refused, forced; and the variables that decide it."""
 
+import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch
 from vllm_dsa import envs
 from vllm_dsa.kernels import OPS, cpu, dispatch, reference
 from vllm_dsa.kernels.dispatch import Provider, Request, choose
+from vllm_dsa.testing import compare
+from vllm_dsa.tools import bench, verify
 
 ON_CPU = Request(
     device_type="cpu",
@@ -75,8 +80,39 @@ def test_a_forced_provider_that_refuses_is_an_error_with_its_reasons(provider, m
 def test_a_forced_provider_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "PROVIDERS", [p for p in dispatch.PROVIDERS if p.name in ("cpu", "reference")])
     monkeypatch.setenv("VLLM_DSA_PROVIDER", "vendor")
-    with pytest.raises(RuntimeError, match="VLLM_DSA_PROVIDER=vendor: .* it has cpu, reference"):
+    with pytest.raises(envs.VariableError, match="VLLM_DSA_PROVIDER='vendor' is not one of cpu, reference. Set one"):
         choose(ON_CPU)
+
+
+def test_an_entry_of_providers_is_all_that_a_new_one_needs(monkeypatch):
+    """Its name is known to the variable, to both tools and to what it is held to: the strictest."""
+    new = Provider("new", dict.fromkeys(OPS, "vllm_dsa.kernels.cpu"), lambda request: [])
+    monkeypatch.setattr(dispatch, "PROVIDERS", (*dispatch.PROVIDERS, new))
+    monkeypatch.setenv("VLLM_DSA_PROVIDER", "new")
+    assert choose(ON_CPU).providers == dict.fromkeys(OPS, "new")
+    for tool in (verify, bench):
+        parser = ArgumentParser()
+        tool.add_arguments(parser)
+        assert parser.parse_args(["--provider", "new"]).provider == "new"
+    allowed = compare.allowance("new")
+    assert (allowed.tolerance, allowed.scores("cuda")) == (compare.TOLERANCE, torch.float32)
+    assert not allowed.published_only
+
+
+def test_allowances_are_of_providers_that_exist_and_none_is_stricter_than_the_defaults():
+    assert set(compare.ALLOWANCES) <= set(dispatch.names())
+    for allowed in compare.ALLOWANCES.values():
+        assert all(value >= compare.TOLERANCE[dtype] for dtype, value in allowed.tolerance.items())
+        assert allowed.tolerance.keys() == compare.TOLERANCE.keys()
+
+
+def test_the_readme_names_the_providers():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (row,) = re.findall(r"^\| `VLLM_DSA_PROVIDER` \|.*$", text, re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)`", row)[1:]) == dispatch.names()
+    assert tuple(re.findall(r"^\| `(\w+)` \| .* \| .* \|$", text.partition("| provider |")[2], re.MULTILINE)[:4]) == (
+        dispatch.names()
+    )
 
 
 def test_operations_are_chosen_one_by_one(monkeypatch):
@@ -115,9 +151,14 @@ def test_flags(name, monkeypatch):
 
 def test_provider_variable(monkeypatch):
     assert envs.VLLM_DSA_PROVIDER is None
-    monkeypatch.setenv("VLLM_DSA_PROVIDER", "cuda")
-    with pytest.raises(ValueError, match="VLLM_DSA_PROVIDER='cuda' is not one of vendor, triton, cpu, reference"):
-        choose(ON_CPU)
+    for value in ("cuda", "cpu,reference", "CPU"):
+        monkeypatch.setenv("VLLM_DSA_PROVIDER", value)
+        with pytest.raises(
+            ValueError, match=f"VLLM_DSA_PROVIDER='{value}' is not one of vendor, triton, cpu, reference"
+        ):
+            choose(ON_CPU)
+    monkeypatch.setenv("VLLM_DSA_PROVIDER", " cpu ")
+    assert choose(ON_CPU).providers == dict.fromkeys(OPS, "cpu")
 
 
 def test_budget_variable(monkeypatch):

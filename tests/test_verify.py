@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tiny_checkpoint import make_config, random_tensors
 from train_tiny import SIZES, STEPS, swap_layout, text, train, write
 
-from vllm_dsa.kernels import cpu
+from vllm_dsa.kernels import cpu, dispatch
 from vllm_dsa.testing.cases import CASES, PUBLISHED
 from vllm_dsa.tools import layouts
 from vllm_dsa.tools.main import main
@@ -64,11 +66,27 @@ def test_a_fault_of_one_case_does_not_hide_the_others(monkeypatch, capsys, one_t
     assert [list(case["faults"]) for case in cases] == [["attend"], ["attend"]]
 
 
+def test_a_new_provider_is_verified_without_being_named_anywhere_else(monkeypatch, capsys, one_thread):
+    """Whatever serves is checked: a right one passes by the strictest allowance, a wrong one is a fault."""
+    new = dispatch.Provider("new", dict.fromkeys(dispatch.OPS, "vllm_dsa.kernels.cpu"), lambda request: [])
+    wrong = replace(new, name="wrong", modules=dict.fromkeys(dispatch.OPS, "wrong_kernels"))
+    functions = {name: getattr(cpu, name) for names in dispatch.FUNCTIONS.values() for name in names}
+    functions["attend"] = lambda *a: cpu.attend(*a[:4], 1.001 * a[4], a[5])
+    monkeypatch.setitem(sys.modules, "wrong_kernels", SimpleNamespace(**functions))
+    monkeypatch.setattr(dispatch, "PROVIDERS", (new, wrong, *dispatch.PROVIDERS))
+    assert main(["verify", "--json", *CASE]) == 1
+    found = {report["provider"]: report["cases"] for report in json.loads(capsys.readouterr().out)["providers"]}
+    assert [list(case["faults"]) for case in found["new"]] == [[]]
+    assert [list(case["faults"]) for case in found["wrong"]] == [["attend"]]
+    assert main(["verify", "--provider", "new", *CASE]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "env", "says"),
     [
         (("--provider", "vendor", *CASE), {}, "no provider serves any of these cases here"),
         (CASE, {"VLLM_DSA_PROVIDER": "triton"}, "it runs on CUDA GPUs"),
+        (CASE, {"VLLM_DSA_PROVIDER": "cuda"}, "VLLM_DSA_PROVIDER='cuda' is not one of vendor, triton"),
         ((), {"VLLM_DSA_PROVIDER": "reference"}, "what the others are checked against"),
         (("--case", "nothing"), {}, "Name one of: published decode; "),
         (("--text", "x"), {}, "--text is an option of a MODEL"),

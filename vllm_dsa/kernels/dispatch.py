@@ -1,10 +1,11 @@
 """Which provider serves each operation here, and why every other one was refused.
 
 ``choose`` runs once, when a layer is built, never per step. Nothing falls back silently: the choice and the refusals
-are in ``Kernels.summary``, and where no provider can serve, that is an error. A new provider is one entry of PROVIDERS.
+are in ``Kernels.summary``, and where no provider can serve, that is an error. A new provider is one entry of PROVIDERS,
+the only list of their names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -69,13 +70,29 @@ class Kernels:
     summary: str
 
 
-def refusals(provider: Provider, op: str, request: Request, forced: str | None) -> list[str]:
-    """Why ``provider`` does not serve ``op`` here; empty: it can."""
+def names(providers: Sequence[Provider] | None = None) -> tuple[str, ...]:
+    """Of ``providers`` (None: PROVIDERS), in the order of preference."""
+    return tuple(provider.name for provider in (PROVIDERS if providers is None else providers))
+
+
+def forced(providers: Sequence[Provider] | None = None) -> str | None:
+    """VLLM_DSA_PROVIDER; None: unset. VariableError if it is none of ``names(providers)``."""
+    name: str | None = envs.VLLM_DSA_PROVIDER
+    known = names(providers)
+    if name and name not in known:
+        raise envs.VariableError(
+            f"VLLM_DSA_PROVIDER={name!r} is not one of {', '.join(known)}. Set one of them, or unset it."
+        )
+    return name
+
+
+def refusals(provider: Provider, op: str, request: Request, asked: str | None) -> list[str]:
+    """Why ``provider`` does not serve ``op`` here, were ``asked`` forced (None: none is); empty: it can."""
     if envs.VLLM_DSA_DENSE and op in DENSE.modules:
         return ["VLLM_DSA_DENSE=1 is set"]
-    if forced and forced != provider.name:
-        return [f"VLLM_DSA_PROVIDER={forced} is set"]
-    if provider.only_forced and not forced:
+    if asked and asked != provider.name:
+        return [f"VLLM_DSA_PROVIDER={asked} is set"]
+    if provider.only_forced and not asked:
         return [f"it serves only under VLLM_DSA_PROVIDER={provider.name}"]
     if op not in provider.modules:
         return [f"it has no {op}"]
@@ -90,20 +107,15 @@ class Choice:
     against: list[str]  # "provider: reason", with the operations in parentheses where it does not hold for all
 
 
-def survey(request: Request, providers: tuple[Provider, ...] | None = None) -> Choice:
-    """Of each operation the first of ``providers`` (None: PROVIDERS) without a refusal."""
-    providers, forced = providers or PROVIDERS, envs.VLLM_DSA_PROVIDER
-    names = [provider.name for provider in providers]
-    if forced and forced not in names:
-        raise RuntimeError(
-            f"VLLM_DSA_PROVIDER={forced}: this version has no such provider, it has {', '.join(names)}. "
-            f"Set one of these, or unset the variable."
-        )
+def survey(request: Request, providers: Sequence[Provider] | None = None) -> Choice:
+    """Of each operation the first of ``providers`` (None: PROVIDERS) without a refusal. Raises VariableError."""
+    providers = PROVIDERS if providers is None else providers
+    asked = forced(providers)
     chosen: dict[str, Provider] = {}
     refused: dict[str, list[str]] = {}  # "provider: reason" -> operations
     for provider in providers:
         for op in OPS:
-            reasons = refusals(provider, op, request, forced)
+            reasons = refusals(provider, op, request, asked)
             if not reasons:
                 chosen.setdefault(op, provider)
             for reason in reasons:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.kernels import reference, triton_configs
+from vllm_dsa.kernels import reference
 from vllm_dsa.kernels.dispatch import FUNCTIONS, Provider, Request
 from vllm_dsa.testing import compare
 from vllm_dsa.testing.cases import Case, Inputs, build
@@ -95,16 +95,6 @@ def assert_attention(
 
 
 CHECKS = {"write": check_write, "select": check_select, "attend": check_attend}
-
-
-def accumulation(provider: str, device: str) -> torch.dtype:
-    """The entry of ``compare.SCORE_ERROR`` that holds for a provider's select."""
-    if provider == "vendor":
-        return torch.float8_e4m3fn
-    if provider == "triton":
-        fp8_dot = triton_configs.score(torch.empty(0, device=device).device).fp8_dot
-        return torch.float8_e4m3fn if fp8_dot else torch.float16
-    return torch.float32
 
 
 def provider_functions(provider: Provider) -> SimpleNamespace:

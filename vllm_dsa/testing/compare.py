@@ -3,12 +3,13 @@
 A check raises ``Mismatch``, whose text says what differs, where and by how much.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from vllm_dsa import cache
-from vllm_dsa.kernels import reference
+from vllm_dsa.kernels import reference, triton_configs
 from vllm_dsa.metadata import Rows
 
 # Largest difference, as a share of the largest value compared.
@@ -21,15 +22,6 @@ TOLERANCE = {
 # |difference| of a whole model's log-probabilities in bfloat16 by two implementations, median and 90th percentile: each
 # activation is rounded to 8 bits, 2^-9 relative, and there is no oracle for the order of those roundings.
 BFLOAT16_LOGPROBS = (1.7e-2, 8.7e-2)
-# The same for each provider.
-PROVIDER_TOLERANCE = {
-    "cpu": TOLERANCE,
-    # Tensor cores' sums, approximate exp2 and log2; attention weights in bfloat16 are rounded to 2^-9, which adds to
-    # the outputs' rounding on both sides.
-    "triton": {torch.float32: 1e-5, torch.bfloat16: 2.0**-6},
-    # FlashMLA's log-sum-exp is of logits summed in another order and in base 2.
-    "vendor": {torch.float32: 2e-4, torch.bfloat16: 2.0**-6},
-}
 # A value next to a rounding border may become the neighbouring e4m3 code; float32 noise does that to 1 in 1,000.
 CODES_THAT_MAY_DIFFER = 0.01
 # Error of an index score as a share of sum_h |w_h| |q_h| . |k|, by what the dots are accumulated in.
@@ -40,6 +32,47 @@ SCORE_ERROR = {
     # Hopper's FP8 tensor cores keep about 14 bits when they align products; 128 dims are four such steps.
     torch.float8_e4m3fn: 2.0**-11,
 }
+
+
+def _triton_scores(device: str) -> torch.dtype:
+    fp8_dot = triton_configs.score(torch.empty(0, device=device).device).fp8_dot
+    return torch.float8_e4m3fn if fp8_dot else torch.float16
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How far a provider may be from reference.py. The defaults are the strictest, and a new provider's.
+
+    tolerance: of write and attend. scores: the entry of SCORE_ERROR that holds for select on a device, "cpu" or "cuda".
+    published_only: of all cases it is given those that are called published.
+    """
+
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    scores: Callable[[str], torch.dtype] = lambda device: torch.float32
+    published_only: bool = False
+
+
+# What holds for a provider where the defaults do not.
+ALLOWANCES = {
+    "triton": Allowance(
+        # Tensor cores' sums, approximate exp2 and log2; attention weights in bfloat16 are rounded to 2^-9, which adds
+        # to the outputs' rounding on both sides.
+        tolerance={torch.float32: 1e-5, torch.bfloat16: 2.0**-6},
+        scores=_triton_scores,
+    ),
+    "vendor": Allowance(
+        # FlashMLA's log-sum-exp is of logits summed in another order and in base 2.
+        tolerance={torch.float32: 2e-4, torch.bfloat16: 2.0**-6},
+        scores=lambda device: torch.float8_e4m3fn,
+        # Its libraries read pages as vLLM lays them out, and in the published cases they are.
+        published_only=True,
+    ),
+}
+
+
+def allowance(provider: str) -> Allowance:
+    """A provider's, by its name in dispatch.PROVIDERS."""
+    return ALLOWANCES.get(provider, Allowance())
 
 
 class Mismatch(AssertionError):

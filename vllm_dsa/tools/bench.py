@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_dsa import envs
+from vllm_dsa.kernels import dispatch
 from vllm_dsa.tools.output import Section, UserError, numbers, show
 from vllm_dsa.tools.progress import progress
 
@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", metavar="N,N", default="16", help="attention heads of a rank; default: 16")
     parser.add_argument("--rows", metavar="N,N", help="new tokens a request; default: 1,4096, on a CPU 1,64")
     parser.add_argument("--requests", metavar="N", default="1", help="requests of the step; default: 1")
-    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8_ds_mla"), default="fp8_ds_mla")
-    parser.add_argument("--provider", choices=envs.PROVIDERS, help="default: the first that can serve")
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "fp8_ds_mla"), default="fp8_ds_mla", help="default: fp8_ds_mla"
+    )
+    parser.add_argument("--provider", choices=dispatch.names(), help="default: the first that can serve")
     parser.add_argument(
         "--compare",
         choices=("dense", "stock"),
@@ -229,10 +231,9 @@ def _kernels(case: Any, device: str, asked: str | None) -> tuple[dict[str, str],
     """Who serves each operation of a case, and their functions."""
     from types import SimpleNamespace
 
-    from vllm_dsa.kernels import dispatch
     from vllm_dsa.testing.check import provider_functions, request_of
 
-    forced = asked or envs.VLLM_DSA_PROVIDER
+    forced = asked or dispatch.forced()
     request, functions, providers = request_of(case, device), {}, {}
     refused = []
     for op in dispatch.OPS:
@@ -255,15 +256,15 @@ def _gate(
 ) -> None:
     """Each operation on this case against reference.py: writes whole, a few rows of the others. Raises Mismatch."""
     from vllm_dsa.testing import check
-    from vllm_dsa.testing.compare import PROVIDER_TOLERANCE, TOLERANCE
+    from vllm_dsa.testing.compare import allowance
 
-    tolerances = [PROVIDER_TOLERANCE.get(name, TOLERANCE) for name in names]
-    check.check_write(kernels, case, device, tolerance=tolerances[0])
+    write, select, attend = (allowance(name) for name in names)
+    check.check_write(kernels, case, device, tolerance=write.tolerance)
     at = sorted({i * (case.tokens - 1) // max(1, GATED_ROWS - 1) for i in range(GATED_ROWS)})
     kernels.select(*step, selected)
-    check.assert_selection(kernels, step, selected, at, check.accumulation(names[1], device))
+    check.assert_selection(kernels, step, selected, at, select.scores(device))
     lse = kernels.attend(inputs.query, inputs.latent_cache, inputs.rows, selected, inputs.scale, out)
-    check.assert_attention(inputs, selected, out, lse, at, tolerances[2])
+    check.assert_attention(inputs, selected, out, lse, at, attend.tolerance)
 
 
 def _dense(case: Any, device: str) -> tuple[Callable[[], Any], Any]:

@@ -167,7 +167,7 @@ def _variables() -> Section:
             section.add(name, text + ", ".join(envs.TABLE), "note")
             continue
         try:
-            section.add(name, str(getattr(envs, name)))
+            section.add(name, str(dispatch.forced() if name == "VLLM_DSA_PROVIDER" else getattr(envs, name)))
         except ValueError as error:
             section.add(name, str(error), "fault")
     return section

@@ -17,6 +17,7 @@ from importlib import import_module
 import vllm_dsa
 from vllm_dsa.checkpoint import CheckpointError
 from vllm_dsa.config import ConfigError
+from vllm_dsa.envs import VariableError
 from vllm_dsa.tools.output import UserError
 
 COMMANDS = {
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except (UserError, ConfigError, CheckpointError) as error:
+    except (UserError, ConfigError, CheckpointError, VariableError) as error:
         print(f"vllm-dsa {asked}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has had enough

@@ -13,7 +13,6 @@ from vllm_dsa.attention import DSAAttention
 from vllm_dsa.kernels import Norms, Rope, reference
 from vllm_dsa.metadata import Rows, tokens_to_slots
 from vllm_dsa.testing import compare
-from vllm_dsa.testing.check import accumulation
 
 
 class Probe:
@@ -61,7 +60,8 @@ class ProbedKernels:
     def select(self, codes: Any, weights: Any, index_cache: Any, rows: Rows, out: torch.Tensor) -> None:
         """Holds the selection against the provider's contract: reference.py on the very codes of its caches."""
         self._kernels.select(codes, weights, index_cache, rows, out)
-        unit = compare.SCORE_ERROR[accumulation(self._kernels.providers["select"], out.device.type)]
+        allowed = compare.allowance(self._kernels.providers["select"])
+        unit = compare.SCORE_ERROR[allowed.scores(out.device.type)]
         step = (codes, weights, index_cache, rows)
         for row in self._wanted(rows):
             try:

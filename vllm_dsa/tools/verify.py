@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from vllm_dsa import envs
+from vllm_dsa.kernels import dispatch
 from vllm_dsa.tools.output import Section, UserError, show
 from vllm_dsa.tools.progress import progress
 
@@ -19,7 +20,7 @@ EXAMPLE = """examples:
 
 exit status: 0 right, 1 wrong, 2 nothing could be judged"""
 
-PROVIDERS = tuple(name for name in envs.PROVIDERS if name != "reference")  # which is what they are checked against
+REFERENCE = "reference"  # the provider that the others are checked against
 # Options that mean something in one mode only.
 MODES = {
     "the kernels (neither MODEL nor --endpoint)": ("case",),
@@ -30,7 +31,7 @@ MODES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="check this model's indexer; needs vLLM")
-    parser.add_argument("--provider", choices=PROVIDERS, help="default: all that can serve here")
+    parser.add_argument("--provider", choices=_checked(), help="default: all that can serve here")
     parser.add_argument("--json", action="store_true", help="print JSON")
     kernels = parser.add_argument_group("of the kernels")
     kernels.add_argument("--case", action="append", metavar="NAME", help="this case only; may be given several times")
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     endpoint.add_argument("--completions", action="store_true", default=None, help="/v1/completions in place of chat")
     endpoint.add_argument("--prompts", metavar="FILE", help="own prompts: JSON lines with prompt and answer")
     endpoint.add_argument("--timeout", type=float, metavar="S", help="seconds that one answer may take; default: 300")
+
+
+def _checked() -> list[str]:
+    return [name for name in dispatch.names() if name != REFERENCE]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,11 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_kernels(args: argparse.Namespace) -> int:
-    from vllm_dsa.kernels import dispatch
-
-    asked = args.provider or envs.VLLM_DSA_PROVIDER
-    names = [provider.name for provider in dispatch.PROVIDERS if provider.name in PROVIDERS]
-    if asked and asked not in names:
+    asked, names = args.provider or dispatch.forced(), _checked()
+    if asked == REFERENCE:
         raise UserError(f"VLLM_DSA_PROVIDER={asked} is what the others are checked against. Unset it.")
     cases = _cases(args.case)
     found = [_check_provider(name, asked, cases) for name in names if asked in (None, name)]
@@ -111,9 +113,9 @@ def _check_provider(name: str, asked: str | None, cases: list[Any]) -> dict[str,
     """Results of each case that a provider serves, and its reasons against the others."""
     import torch
 
-    from vllm_dsa.kernels import dispatch
     from vllm_dsa.testing.cases import PUBLISHED
     from vllm_dsa.testing.check import request_of
+    from vllm_dsa.testing.compare import allowance
 
     device = "cuda" if torch.cuda.is_available() and asked != "cpu" else "cpu"
     if device == "cpu":
@@ -121,7 +123,7 @@ def _check_provider(name: str, asked: str | None, cases: list[Any]) -> dict[str,
     provider = next(p for p in dispatch.PROVIDERS if p.name == name)
     served, refused = [], {}
     for case in cases:
-        if name == "vendor" and case not in PUBLISHED:
+        if allowance(name).published_only and case not in PUBLISHED:
             reasons = ["it serves the published sizes: its cases are those called published"]
         else:
             request = request_of(case, device)
@@ -142,10 +144,9 @@ def _faults(provider: Any, case: Any, device: str) -> dict[str, str]:
     """operation -> what is wrong with it in this case."""
     from vllm_dsa.testing import check, compare
 
-    kernels = check.provider_functions(provider)
-    tolerance = {"tolerance": compare.PROVIDER_TOLERANCE[provider.name]}
-    options = {"write": tolerance, "attend": tolerance}
-    options["select"] = {"accumulation": check.accumulation(provider.name, device)}
+    kernels, allowed = check.provider_functions(provider), compare.allowance(provider.name)
+    options: dict[str, dict[str, Any]] = {op: {"tolerance": allowed.tolerance} for op in ("write", "attend")}
+    options["select"] = {"accumulation": allowed.scores(device)}
     faults = {}
     for op, check_op in check.CHECKS.items():
         try:
