@@ -20,7 +20,7 @@ from transformers.models.axk2.modeling_axk2 import AXK2TopkRouter
 
 from vllm_dsa import platform
 from vllm_dsa.attention import DSAAttention
-from vllm_dsa.checkpoint import wanted
+from vllm_dsa.checkpoint import Expected
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.models.axk2 import GroupedMoE
 from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
@@ -235,16 +235,16 @@ def test_names_and_shapes_are_those_of_transformers(sizes):
     with torch.device("meta"):
         model = AXK2ForCausalLM(config)
     published = revert_weight_conversion(model, model.state_dict())
-    asked = wanted(config)
-    assert asked.required == {name: tuple(tensor.shape) for name, tensor in published.items()}
-    assert asked.optional == asked.draft == {}
+    expected = Expected.from_hf(config)
+    assert expected.model == {name: tuple(tensor.shape) for name, tensor in published.items()}
+    assert expected.optional == expected.draft == {}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_tiny_checkpoints_have_these_names_too(name):
     overrides = {key: value for key, value in CHECKPOINTS[name].items() if key != "seed"}
     config = make_config(family="axk2", **overrides)
-    assert tensor_shapes(config) == wanted(config).required
+    assert tensor_shapes(config) == Expected.from_hf(config).model
 
 
 def test_a_missing_and_a_misshapen_tensor_are_refused_by_name(folders, tmp_path):

@@ -27,7 +27,7 @@ from vllm.scalar_type import scalar_types
 from write_4bit import FORMATS, MIXED, quantise, write
 
 from vllm_dsa import checkpoint, quant
-from vllm_dsa.checkpoint import CheckpointError, wanted
+from vllm_dsa.checkpoint import CheckpointError, Expected
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
 from vllm_dsa.tools import memory
@@ -202,25 +202,25 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_is_only_read_comes_plain_in_any_order(folders, form):
     folder = folders[form]
-    stored, plain, asked = read(folder), read(folder.parent / "plain"), wanted(config_of(folder))
+    stored, plain, expected = read(folder), read(folder.parent / "plain"), Expected.from_hf(config_of(folder))
     order = sorted(stored, key=lambda name: name[::-1])
-    passed = dict(quant.unpacked([(name, stored[name]) for name in order], torch.bfloat16, asked))
-    only_read = {name for name in plain if quant.READ.search(name) and "eh_proj" not in name}
+    passed = dict(quant.unpacked([(name, stored[name]) for name in order], torch.bfloat16, expected))
+    only_read = {name for name in plain if quant.ONLY_READ.search(name) and "eh_proj" not in name}
     assert len(only_read) == 3 * 3
     for name, tensor in passed.items():
         assert torch.equal(tensor, plain[name]) if name in only_read else tensor is stored[name], name
     left = set(stored) - set(passed)
-    assert left == {n for n in stored if (quant.READ.search(n) and n not in passed) or n.endswith("g_idx")}
+    assert left == {n for n in stored if (quant.ONLY_READ.search(n) and n not in passed) or n.endswith("g_idx")}
 
 
 def test_an_mtp_layer_and_modules_left_out(tmp_path):
     """eh_proj, too, may be packed; what is plain passes as it is."""
     folder = write(tmp_path, "awq", left_out=["kv_b_proj", "indexer"], **SMALL)
-    stored, plain, asked = read(folder), read(folder.parent / "plain"), wanted(config_of(folder))
+    stored, plain, expected = read(folder), read(folder.parent / "plain"), Expected.from_hf(config_of(folder))
     eh_proj = "model.layers.2.eh_proj"
     parts, meant = quantise(stored.pop(f"{eh_proj}.weight").float(), "awq", 32, 1)
     stored |= {f"{eh_proj}.{name}": tensor for name, tensor in parts.items()}
-    passed = dict(quant.unpacked(stored.items(), torch.bfloat16, asked))
+    passed = dict(quant.unpacked(stored.items(), torch.bfloat16, expected))
     assert torch.equal(passed[f"{eh_proj}.weight"], meant.bfloat16())
     for name in (n for n in plain if "kv_b_proj" in n or ".indexer." in n):
         assert torch.equal(passed[name], plain[name])
@@ -235,7 +235,7 @@ def test_inputs_in_another_order_are_refused(folders):
     stored, name = read(folders["gptq"]), "model.layers.0.self_attn.q_b_proj.g_idx"
     stored[name] = stored[name].flip(0)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} .*activation order.*desc_act false"):
-        dict(quant.unpacked(stored.items(), torch.bfloat16, wanted(config_of(folders["gptq"]))))
+        dict(quant.unpacked(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders["gptq"]))))
 
 
 @pytest.mark.parametrize("form, scale", [("nvfp4", "weight_scale_2"), ("nvfp4a16", "weight_global_scale")])
@@ -244,7 +244,7 @@ def test_global_scales_that_vllm_would_mix_up_are_refused(folders, form, scale, 
     stored, name = read(folders[form]), f"model.layers.0.{module}.{scale}"
     stored[name] = stored[name] * 1.5
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*one of these global scales"):
-        dict(quant.unpacked(stored.items(), torch.bfloat16, wanted(config_of(folders[form]))))
+        dict(quant.unpacked(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders[form]))))
 
 
 # The files
@@ -271,8 +271,8 @@ def test_files_are_checked_by_name(folders, form, tmp_path):
         with pytest.raises(CheckpointError, match=rf"lacks .*{re.escape(module)}\.\w+"):
             checkpoint.check(target, config_of(folder))
         with pytest.raises(CheckpointError, match=rf"lacks .*{re.escape(module)}\.\w+"):
-            asked = wanted(config_of(folder))
-            list(checkpoint.inspected(read(target).items(), asked, asked.required))
+            expected = Expected.from_hf(config_of(folder))
+            list(checkpoint.checked(read(target).items(), expected, expected.model))
 
 
 def test_a_conversion_without_the_indexer_is_refused(folders, tmp_path):
@@ -347,12 +347,12 @@ def test_every_tensor_is_where_it_belongs(form, left_out, tmp_path):
         fused = next((f for f in FUSED if f".{f}." in name), None)
         names = [name.replace(fused, part) for part in FUSED[fused]] if fused else [name]
         placed |= set(names)
-        only_read = quant.READ.search(name) is not None
+        only_read = quant.ONLY_READ.search(name) is not None
         parts = [(plain if only_read else stored)[n] for n in names]
         dim = next(d for d in (0, 1) if parts[0].dim() == 1 or {p.shape[1 - d] for p in parts} == {tensor.shape[1 - d]})
         assert torch.equal(tensor, torch.cat(parts, dim).to(tensor.dtype)), name
     parts = re.compile(r"model\.layers\.[01]\..*\.(qweight|scales|weight_packed|weight_scale|weight_zero_point)")
-    packed = {name for name in stored if parts.fullmatch(name) and not quant.READ.search(name)}
+    packed = {name for name in stored if parts.fullmatch(name) and not quant.ONLY_READ.search(name)}
     assert packed and packed <= placed
     # What `vllm-dsa plan` counts is what was loaded; files also have shapes, and k_norm in bfloat16.
     counted = memory.weights(folder, config_of(folder), DSAConfig.from_hf(config_of(folder)))

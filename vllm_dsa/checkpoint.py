@@ -23,22 +23,28 @@ Shape = tuple[int, ...]
 _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
 _NAMED = 5  # names that a message lists
 # Modules whose weights are only read, and the MTP layer's eh_proj: loading makes them plain where they are packed.
-READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
-# Methods whose packed weights are known here by their names, and ModelOpt's; a weight's name and dtype -> what it needs
-# beside it.
+ONLY_READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
+# Values of quant_method whose packed weights are known here by their names; ModelOpt has several more.
 PACKED = ("awq", "gptq", "compressed-tensors")
-_PARTS = {
+# A quantised weight's last name and dtype -> the scales that it needs beside it.
+_SCALES = {
     ("qweight", "I32"): ("scales",),
     ("weight_packed", "I32"): ("weight_scale",),
     ("weight_packed", "U8"): ("weight_scale",),
     ("weight", "U8"): ("weight_scale", "weight_scale_2"),
     ("weight", "F8_E4M3"): ("weight_scale",),
 }
+# torch's names of the dtypes that are looked at -> safetensors'.
 _DTYPES = {"torch.int32": "I32", "torch.uint8": "U8", "torch.float8_e4m3fn": "F8_E4M3"}
 
 
 class CheckpointError(ValueError):
     """Files that this package will not serve; the message names file or tensor and the next step."""
+
+
+def is_packed(method: str) -> bool:
+    """Is this quant_method one whose packed weights are known here by their names?"""
+    return method in PACKED or method.startswith("modelopt")
 
 
 @dataclass(frozen=True)
@@ -51,73 +57,68 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Checkpoint name -> shape of every tensor that a config asks for.
+class Expected:
+    """Checkpoint name -> shape of every tensor that a config asks for, under the names of plain weights.
 
+    model: what the model cannot do without.
     draft: the MTP layers', needed with speculative decoding only.
     optional: those that may be missing, the indexers of layers that share a selection and MTP_COPIES.
     """
 
-    required: dict[str, Shape]
+    model: dict[str, Shape]
     draft: dict[str, Shape]
     optional: dict[str, Shape]
     block: tuple[int, int] | None  # of FP8 scales
     packed: str | None = None  # quant_method, where weights may be packed: then a "weight" may have another name
 
+    @classmethod
+    def from_hf(cls, hf_config: Any) -> "Expected | None":
+        """Of a DSA model. None where weights are neither plain, nor block-scaled FP8, nor in a packed format: names and
+        shapes are not known."""
+        config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
+        quantisation = get("quantization_config")
+        block = packed = None
+        if quantisation:
+            method = _getter(quantisation)("quant_method") or ""
+            if is_packed(method):
+                packed = method
+            else:
+                block = _getter(quantisation)("weight_block_size")
+                if method != "fp8" or not block:
+                    return None
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        vocabulary = (get("vocab_size"), hidden)
+        model: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
+        model["model.norm.weight"] = (hidden,)
+        draft: dict[str, Shape] = {}
+        optional: dict[str, Shape] = {}
+        for layer in range(layers + config.mtp_layers):
+            prefix, group = f"model.layers.{layer}", model if layer < layers else draft
+            group |= _norm(config, f"{prefix}.input_layernorm", gated=True)
+            group |= _norm(config, f"{prefix}.post_attention_layernorm", gated=not config.is_dense(layer))
+            group |= _attention(config, f"{prefix}.self_attn")
+            indexer = _indexer(config, f"{prefix}{INDEXER[:-1]}")
+            (optional if config.shares_index(layer) else group).update(indexer)
+            group |= _mlp(get, config, layer, f"{prefix}.mlp")
+            if layer >= layers:
+                group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
+                group[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
+                optional |= {f"{prefix}{copy}weight": vocabulary for copy in MTP_COPIES}
+        return cls(model, draft, optional, tuple(block) if block else None, packed)
+
     def shape(self, name: str) -> Shape | None:
         """Shape that a tensor of this name must have, None for a name that the config does not ask for."""
         if name.endswith(SCALE_SUFFIX) and self.block:
-            weight = self.shape(name.removesuffix(SCALE_SUFFIX)) or ()
-            return (
-                tuple(math.ceil(n / b) for n, b in zip(weight, self.block, strict=True)) if len(weight) == 2 else None
-            )
-        return self.required.get(name) or self.draft.get(name) or self.optional.get(name)
+            weight = self.shape(name.removesuffix(SCALE_SUFFIX))
+            if weight is None or len(weight) != 2:
+                return None
+            return tuple(math.ceil(n / b) for n, b in zip(weight, self.block, strict=True))
+        return self.model.get(name) or self.draft.get(name) or self.optional.get(name)
 
-    def weight(self, name: str) -> str:
+    def plain_name(self, name: str) -> str:
         """Name that a packed weight has in its plain form; any other name as it is."""
         stem, _, last = name.rpartition(".")
         return f"{stem}.weight" if self.packed and last in ("qweight", "weight_packed") else name
-
-
-def is_packed(method: str) -> bool:
-    """Is this quant_method one whose packed weights are known here by their names?"""
-    return method in PACKED or method.startswith("modelopt")
-
-
-def wanted(hf_config: Any) -> Wanted | None:
-    """Tensors of a DSA model under the names that they have where they are plain.
-
-    None where weights are neither plain, nor block-scaled FP8, nor in a packed format: names and shapes are not known.
-    """
-    config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
-    quantisation = get("quantization_config")
-    block = packed = None
-    if quantisation:
-        method = _getter(quantisation)("quant_method") or ""
-        if is_packed(method):
-            packed = method
-        else:
-            block = _getter(quantisation)("weight_block_size")
-            if method != "fp8" or not block:
-                return None
-    vocabulary, hidden, layers = (get("vocab_size"), config.hidden_size), config.hidden_size, config.num_hidden_layers
-    required: dict[str, Shape] = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
-    required["model.norm.weight"] = (hidden,)
-    draft: dict[str, Shape] = {}
-    optional: dict[str, Shape] = {}
-    for layer in range(layers + config.mtp_layers):
-        prefix, group = f"model.layers.{layer}", required if layer < layers else draft
-        group |= _norm(config, f"{prefix}.input_layernorm", gated=True)
-        group |= _norm(config, f"{prefix}.post_attention_layernorm", gated=not config.is_dense(layer))
-        group |= _attention(config, f"{prefix}.self_attn")
-        indexer = _indexer(config, f"{prefix}{INDEXER[:-1]}")
-        (optional if config.shares_index(layer) else group).update(indexer)
-        group |= _mlp(get, config, layer, f"{prefix}.mlp")
-        if layer >= layers:
-            group |= {f"{prefix}.{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
-            group[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
-            optional |= {f"{prefix}{copy}weight": vocabulary for copy in MTP_COPIES}
-    return Wanted(required, draft, optional, tuple(block) if block else None, packed)
 
 
 def _norm(config: DSAConfig, prefix: str, gated: bool) -> dict[str, Shape]:
@@ -235,41 +236,35 @@ def _read_header(path: Path) -> dict[str, Stored]:
 def check(folder: Path, hf_config: Any, drafts: bool = False) -> None:
     """Refuse a local folder whose files do not hold what its config.json asks for, its MTP layer too if ``drafts``.
     Raises CheckpointError."""
-    stored, asked = read(folder), wanted(hf_config)
+    stored, expected = read(folder), Expected.from_hf(hf_config)
     if not stored:
         refuse_pickles(folder)
-    if not stored or asked is None:
+    if not stored or expected is None:
         return
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     for name, tensor in stored.items():
-        _check_shape(name, tensor.shape, asked)
-        if tensor.dtype == "F8_E4M3":
-            _check_quantised(name, asked)
+        _check_tensor(name, tensor.dtype, tensor.shape, expected)
     unlisted = {file.name for file in folder.glob("*.safetensors")} - {tensor.file.name for tensor in stored.values()}
     hint = f" ({INDEX_FILE} does not name {_some(sorted(unlisted))})" if unlisted else ""
-    names = {asked.weight(name) for name in stored}
-    _check_complete(names, asked.required, hint)
+    _check_complete(dtypes, expected, expected.model, hint)
     if drafts:
-        _check_complete(names, asked.draft)
-    _check_pairs({name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"}, stored, asked)
-    _check_parts({name: tensor.dtype for name, tensor in stored.items()}, asked)
+        _check_complete(dtypes, expected, expected.draft)
+    _check_scales(dtypes, expected)
 
 
-def inspected(
-    weights: Iterable[tuple[str, Any]], asked: Wanted, required: Collection[str]
+def checked(
+    weights: Iterable[tuple[str, Any]], expected: Expected, required: Collection[str]
 ) -> Iterator[tuple[str, Any]]:
     """Pass tensors on as they come. Raises CheckpointError at the first of a wrong shape, and at the end if there are
-    ``required`` ones and not all of them came, or not all parts of a quantised one."""
-    seen: dict[str, str] = {}  # name -> dtype
+    ``required`` ones and not all of them came, or not all scales of a quantised one."""
+    dtypes: dict[str, str] = {}
     for name, tensor in weights:
-        _check_shape(name, tuple(tensor.shape), asked)
-        seen[name] = _DTYPES.get(str(tensor.dtype), "")
-        if seen[name] == "F8_E4M3":
-            _check_quantised(name, asked)
+        dtypes[name] = _DTYPES.get(str(tensor.dtype), "")
+        _check_tensor(name, dtypes[name], tuple(tensor.shape), expected)
         yield name, tensor
     if required:
-        _check_complete({asked.weight(name) for name in seen}, required)
-        _check_pairs({name for name, dtype in seen.items() if dtype == "F8_E4M3"}, seen, asked)
-        _check_parts(seen, asked)
+        _check_complete(dtypes, expected, required)
+        _check_scales(dtypes, expected)
 
 
 def refuse_indexer(folder: Path) -> None:
@@ -293,64 +288,60 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def _check_shape(name: str, shape: Shape, asked: Wanted) -> None:
-    expected = asked.shape(asked.weight(name))
-    if expected is None:
-        return
-    # Packed formats differ in which dim they pack and how much.
-    fits = asked.packed and len(shape) == 2 and math.prod(expected) in [math.prod(shape) * n for n in (2, 4, 8)]
-    if shape != expected and not fits:
-        raise CheckpointError(
-            f"checkpoint tensor {name} has shape {shape}, config.json asks for {expected}. Check that config.json (and "
-            f"--hf-overrides) and the weights are of the same model; if they are, download that file again."
-        )
-
-
-def _check_quantised(name: str, asked: Wanted) -> None:
-    if asked.block is None and asked.packed is None:
+def _check_tensor(name: str, dtype: str, shape: Shape, expected: Expected) -> None:
+    plain = expected.shape(expected.plain_name(name))
+    if plain is not None:
+        # Packed formats differ in which dim they pack and how much.
+        fits = expected.packed and len(shape) == 2 and math.prod(plain) in [math.prod(shape) * n for n in (2, 4, 8)]
+        if shape != plain and not fits:
+            raise CheckpointError(
+                f"checkpoint tensor {name} has shape {shape}, config.json asks for {plain}. Check that config.json "
+                f"(and --hf-overrides) and the weights are of the same model; if they are, download that file again."
+            )
+    if dtype == "F8_E4M3" and expected.block is None and expected.packed is None:
         raise CheckpointError(
             f"checkpoint tensor {name} is FP8, but config.json has no quantization_config. "
             f"Restore the published config.json."
         )
 
 
-def _check_pairs(quantised: Collection[str], names: Collection[str], asked: Wanted) -> None:
-    if asked.block is None:
-        return
-    alone = [name for name in quantised if name + SCALE_SUFFIX not in names]
-    alone += [n for n in names if n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) not in quantised]
-    if alone:
-        raise unpaired(alone)
-
-
-def _check_parts(names: Mapping[str, str], asked: Wanted) -> None:
-    """Packed weights by name and dtype: vLLM would leave scales that never come as they are in fresh memory."""
-    if not asked.packed:
+def _check_scales(dtypes: Mapping[str, str], expected: Expected) -> None:
+    """Of every tensor, by name and dtype. vLLM would leave scales that never come as they are in fresh memory."""
+    if expected.block:
+        fp8 = {name for name, dtype in dtypes.items() if dtype == "F8_E4M3"}
+        alone = [name for name in fp8 if name + SCALE_SUFFIX not in dtypes]
+        alone += [n for n in dtypes if n.endswith(SCALE_SUFFIX) and n.removesuffix(SCALE_SUFFIX) not in fp8]
+        refuse_unpaired(alone)
+    if not expected.packed:
         return
     lacking = []
-    for name, dtype in names.items():
+    for name, dtype in dtypes.items():
         stem, _, last = name.rpartition(".")
-        parts = _PARTS.get((last, dtype), ())
-        if parts and asked.packed == "awq":
-            parts = (*parts, "qzeros")
-        lacking += [f"{stem}.{part}" for part in parts if f"{stem}.{part}" not in names]
+        scales = _SCALES.get((last, dtype), ())
+        if scales and expected.packed == "awq":
+            scales = (*scales, "qzeros")
+        lacking += [f"{stem}.{scale}" for scale in scales if f"{stem}.{scale}" not in dtypes]
     if lacking:
         raise CheckpointError(
-            f"the checkpoint lacks {_some(lacking)}: {asked.packed} stores them beside every quantised weight. {AGAIN}"
+            f"the checkpoint lacks {_some(lacking)}: {expected.packed} stores them beside every quantised weight. "
+            f"{AGAIN}"
         )
 
 
-def unpaired(alone: Collection[str]) -> CheckpointError:
-    """The error for FP8 weights that came without scales, and scales that came without FP8 weights."""
+def refuse_unpaired(alone: Collection[str]) -> None:
+    """Refuse a checkpoint that has FP8 weights without scales, or scales without FP8 weights: ``alone`` names them."""
+    if not alone:
+        return
     name = min(alone)
     partner = name.removesuffix(SCALE_SUFFIX) if name.endswith(SCALE_SUFFIX) else name + SCALE_SUFFIX
-    return CheckpointError(
+    raise CheckpointError(
         f"checkpoint tensor {name!r} has no FP8 partner {partner!r} ({len(alone)} such tensors): an FP8 weight and its "
         f"scales belong together. {AGAIN}"
     )
 
 
-def _check_complete(names: Collection[str], required: Collection[str], hint: str = "") -> None:
+def _check_complete(stored: Iterable[str], expected: Expected, required: Collection[str], hint: str = "") -> None:
+    names = {expected.plain_name(name) for name in stored}
     missing = [name for name in required if name not in names]
     if not missing:
         return

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.checkpoint import READ, SCALE_SUFFIX, CheckpointError, Wanted, unpaired
+from vllm_dsa.checkpoint import ONLY_READ, SCALE_SUFFIX, CheckpointError, Expected, refuse_unpaired
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -90,11 +90,11 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
     Works one row of blocks at a time in one buffer, so that no float32 copy of the whole weight exists.
     """
     rows, columns = weight.shape
-    expected = (-(-rows // BLOCK), -(-columns // BLOCK))
-    if tuple(scale.shape) != expected:
+    blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+    if tuple(scale.shape) != blocks:
         raise CheckpointError(
             f"{name}{SCALE_SUFFIX}: shape {tuple(scale.shape)} does not fit weight {tuple(weight.shape)}, which has "
-            f"{expected} blocks of {BLOCK}x{BLOCK}. The checkpoint is damaged: download it again."
+            f"{blocks} blocks of {BLOCK}x{BLOCK}. The checkpoint is damaged: download it again."
         )
     out = torch.empty(rows, columns, dtype=dtype)
     wide = scale.float().repeat_interleave(BLOCK, dim=1)[:, :columns]  # [row blocks, in]
@@ -124,8 +124,7 @@ def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype)
         weight, scale = (other, tensor) if is_scale else (tensor, other)
         base = partner if is_scale else name
         yield base, dequantise(weight, scale, dtype, base)
-    if waiting:
-        raise unpaired(waiting)
+    refuse_unpaired(waiting)
 
 
 # Scales of an FP8 cache: fp8_ds_mla has scales of its own.
@@ -164,10 +163,10 @@ def exclude_fused(quant_config: Any, fused: Mapping[str, list[str]], modules: It
 
 
 def unpacked(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, asked: Wanted
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, expected: Expected
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors on; those of READ modules, unless they are plain, as one ``weight`` in ``dtype`` for each module at
-    the end, since parts come in any order and some are optional. Scales of caches and orders of inputs are left out.
+    """Pass tensors on; those of ONLY_READ modules that are packed at the end, as one ``weight`` in ``dtype`` a module:
+    parts come in any order, and some are optional. Scales of caches and orders of inputs are left out.
 
     Raises CheckpointError for what vLLM would load and compute wrongly with.
     """
@@ -181,14 +180,14 @@ def unpacked(
             continue
         if pair := GLOBAL_SCALE.search(name):
             _refuse_unequal(name[: pair.start()] + SHARED_SCALE[pair[1]], name, tensor.item(), global_scales)
-        found = READ.search(name)
+        found = ONLY_READ.search(name)
         part = name[found.end() :] if found else ""
         if found and (part != "weight" or tensor.dtype in (torch.uint8, torch.float8_e4m3fn)):
             waiting.setdefault(name[: found.end() - 1], {})[part] = tensor
         else:
             yield name, tensor
     for module in sorted(waiting):
-        shape = asked.shape(f"{module}.weight")
+        shape = expected.shape(f"{module}.weight")
         if shape is not None:
             yield f"{module}.weight", unpack(module, waiting.pop(module), shape).to(dtype)
 

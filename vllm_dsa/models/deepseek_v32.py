@@ -3,7 +3,7 @@
 Everything but attention is vLLM's: embedding, norms, MLP, mixture of experts, head.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm_dsa import __version__, envs
 from vllm_dsa.attention import DSAAttention
-from vllm_dsa.checkpoint import CheckpointError, Wanted, inspected, wanted
+from vllm_dsa.checkpoint import CheckpointError, Expected, checked
 from vllm_dsa.compat import (
     DeepseekV2MLP,
     DeepseekV2MoE,
@@ -153,6 +153,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     """
 
     decoder: type[DeepseekV32Model] = DeepseekV32Model
+    is_draft = False
     packed_modules_mapping = {
         "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -197,10 +198,10 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
         exclude_fused(self.quant_config, self.packed_modules_mapping, _fused_modules(config))
-        self.wanted = wanted(self.config)
-        if self.wanted is not None and self.wanted.packed:
+        self.expected = Expected.from_hf(self.config)
+        if self.expected is not None and self.expected.packed:
             ask_for_amx()
-        self.awaited = self._awaited(vllm_config)
+        self.required = self._required(vllm_config)
         return config
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -224,18 +225,14 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         """(parameter, checkpoint tensor, expert, shard) of every routed expert's weight."""
         return expert_params_mapping(self, self.config.n_routed_experts)
 
-    def _awaited(self, vllm_config: Any) -> tuple[str, ...]:
+    def _required(self, vllm_config: Any) -> tuple[str, ...]:
         """Names of the tensors that the first load must bring."""
-        if self.wanted is None or vllm_config.load_config.load_format == "dummy":
+        if self.expected is None or vllm_config.load_config.load_format == "dummy":
             return ()
-        names = self._needed(self.wanted)
+        names = self.expected.draft if self.is_draft else self.expected.model
         if vllm_config.parallel_config.enable_expert_parallel:  # vLLM does not read other ranks' experts
             return tuple(name for name in names if ".mlp.experts." not in name)
         return tuple(names)
-
-    def _needed(self, asked: Wanted) -> Collection[str]:
-        """Names of the tensors that this model is made of."""
-        return asked.required
 
     def _is_skipped(self, name: str) -> bool:
         """Is this tensor none of ours: a stored rotary table, the MTP draft's layer, or an indexer that is not used?"""
@@ -249,12 +246,12 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         The first call must bring every tensor; later ones, which update weights in place, may bring some.
         """
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
-        if self.wanted is not None:
-            weights = inspected(weights, self.wanted, self.awaited)
+        if self.expected is not None:
+            weights = checked(weights, self.expected, self.required)
         if isinstance(self.quant_config, DequantisedFp8Config):
             weights = dequantised(weights, self.dtype)
-        elif self.wanted is not None and self.wanted.packed:
-            weights = unpacked(weights, self.dtype, self.wanted)
+        elif self.expected is not None and self.expected.packed:
+            weights = unpacked(weights, self.dtype, self.expected)
         params = dict(self.named_parameters())
         experts = self.get_expert_mapping()
         loaded: set[str] = set()
@@ -282,7 +279,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         for module in self.modules():
             if isinstance(module, DSAAttention):  # vLLM's loaders write to .data, which leaves no trace
                 module.absorbed_versions = []
-        self.awaited = ()
+        self.required = ()
         return loaded
 
 

@@ -4,13 +4,12 @@ It reads what vLLM hands it: of position i the target's final hidden state and t
 token i + 2. For further guesses it is run again on its own hidden state. Whatever it guesses, the target decides.
 """
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_dsa.checkpoint import MTP_COPIES, Wanted
+from vllm_dsa.checkpoint import MTP_COPIES
 from vllm_dsa.compat import LogitsProcessor, ReplicatedLinear, RMSNorm, maybe_prefix, mtp_layer_of_weight
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.models.deepseek_v32 import DecoderLayer, DeepseekV32ForCausalLM
@@ -69,6 +68,8 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
     head are the target's: after loading, vLLM sets them as ``model.embed_tokens`` and ``lm_head``.
     """
 
+    is_draft = True
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
         config = self._read(vllm_config)
@@ -95,9 +96,6 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """vLLM asks before it reads a file: one that holds nothing else is left alone."""
         return self._is_skipped(name)
-
-    def _needed(self, asked: Wanted) -> Collection[str]:
-        return asked.draft
 
     def _is_skipped(self, name: str) -> bool:
         return mtp_layer_of_weight(self.config, name) is None or any(copy in name for copy in MTP_COPIES)

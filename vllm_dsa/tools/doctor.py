@@ -367,12 +367,13 @@ def _check_model(folder: Path, tp: int, section: Section, facts: dict[str, Any])
     files = len({tensor.file for tensor in stored.values()})
     facts |= {"files": files, "bytes": size, "tensors": len(stored)}
     section.add("weights", f"{files} files, {size / 2**30:.2f} GiB, {len(stored):,} tensors", "ok")
-    asked = checkpoint.wanted(hf_config)
-    if asked is None:
+    expected = checkpoint.Expected.from_hf(hf_config)
+    if expected is None:
         text = "quantised in a format whose names and shapes are not checked here; vLLM does while it loads"
         section.add("weights", text, "note")
-    elif lacking := set(asked.draft) - set(stored):
-        text = f"its layer lacks {len(lacking)} of {len(asked.draft)} tensors here: serve without --speculative-config"
+    elif lacking := set(expected.draft) - set(stored):
+        number = len(expected.draft)
+        text = f"its layer lacks {len(lacking)} of {number} tensors here: serve without --speculative-config"
         section.add("MTP weights", text, "note")
 
 

@@ -153,15 +153,17 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         key = ("MTP" if drafts else part, layer, "dropped" if dropped else _sharding(tensor, part))
         sizes[key] = sizes.get(key, 0) + size
 
-    asked = checkpoint.wanted({**hf_config, "quantization_config": None})
-    assert asked is not None  # plain weights always have published names
+    expected = checkpoint.Expected.from_hf({**hf_config, "quantization_config": None})
+    assert expected is not None  # plain weights always have published names
     packed = is_packed(quantisation)
     if stored:
-        read = {f"{tensor[: found.end()]}weight" for tensor in stored if (found := checkpoint.READ.search(tensor))}
-        for tensor in read if packed else ():
-            add(tensor, math.prod(asked.shape(tensor) or ()) * models.DTYPE_BYTES[dtype])
+        made_plain = {
+            f"{tensor[: module.end()]}weight" for tensor in stored if (module := checkpoint.ONLY_READ.search(tensor))
+        }
+        for tensor in made_plain if packed else ():
+            add(tensor, math.prod(expected.shape(tensor) or ()) * models.DTYPE_BYTES[dtype])
         for tensor, entry in stored.items():
-            if packed and (checkpoint.READ.search(tensor) or tensor.endswith("g_idx")):
+            if packed and (checkpoint.ONLY_READ.search(tensor) or tensor.endswith("g_idx")):
                 continue  # made plain while loading, or not loaded
             if entry.dtype not in STORED_BYTES:
                 raise checkpoint.CheckpointError(
@@ -170,7 +172,7 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
                 )
             add(tensor, math.prod(entry.shape) * STORED_BYTES[entry.dtype])
     else:
-        for tensor, shape in (asked.required | asked.draft | asked.optional).items():
+        for tensor, shape in (expected.model | expected.draft | expected.optional).items():
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))
     absorbed = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
     fused = (config.index_n_heads + config.index_head_dim) * config.hidden_size
@@ -257,7 +259,7 @@ def _stored_bytes(tensor: str, shape: tuple[int, ...], quantisation: Mapping[str
     if tensor.endswith("e_score_correction_bias") or ".indexer.k_norm." in tensor:
         return values * 4
     packed = quantisation and LINEAR.search(tensor) and not _left_out(tensor, quantisation)
-    if quantisation and packed and (_blocks(quantisation) or not checkpoint.READ.search(tensor)):
+    if quantisation and packed and (_blocks(quantisation) or not checkpoint.ONLY_READ.search(tensor)):
         if block := _blocks(quantisation):
             return values + 4 * math.prod(math.ceil(n / b) for n, b in zip(shape, block, strict=True))
         return math.ceil(values * _bits(quantisation) / 8)
