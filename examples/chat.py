@@ -4,13 +4,15 @@
     python examples/chat.py --url http://127.0.0.1:8000/v1 --thinking "Is 2027 a prime?"
 
 With --notes the model is given one tool: it looks up a word in that file. The loop goes on until an answer comes
-without a call. The key, if the server asks for one, is read from VLLM_API_KEY.
+without a call. The key, if the server asks for one, is read from OPENAI_API_KEY, or else from VLLM_API_KEY. Exit
+status 0: answered, 1: not, 2: bad usage.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,10 @@ LOOK_UP = {
     },
 }
 MOST_CALLS = 8  # rounds of calls before it gives up
+NO_PARSER = (
+    "the server has no tool parser, which --notes needs. Start it with --enable-auto-tool-choice --tool-call-parser "
+    "NAME (deepseek_v32 for DeepSeek-V3.2, glm47 for GLM-5, see docs/recipes.md), or leave --notes out."
+)
 
 
 def look_up(notes: str, code: str, limit: int) -> str:
@@ -39,7 +45,7 @@ def look_up(notes: str, code: str, limit: int) -> str:
     return " ".join(found[:limit]) or f"{code}: not in the notes"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Talk to a served model.")
     parser.add_argument("question")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="default: http://127.0.0.1:8000/v1")
@@ -47,9 +53,22 @@ def main() -> int:
     parser.add_argument("--notes", type=Path, help="text file that the model may search")
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a turn; default: 1024")
-    args = parser.parse_args()
-    notes = args.notes.read_text(encoding="utf-8") if args.notes else None
-    with openai.OpenAI(base_url=args.url, api_key=os.environ.get("VLLM_API_KEY") or "none") as client:
+    args = parser.parse_args(argv)
+    try:
+        notes = args.notes.read_text(encoding="utf-8") if args.notes else None
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--notes {args.notes}: {error}")
+    try:
+        return talk(args, notes)
+    except openai.OpenAIError as error:
+        without_parser = notes is not None and "--tool-call-parser" in str(error)
+        print(f"chat.py: {args.url}: {NO_PARSER if without_parser else error}", file=sys.stderr)
+        return 1
+
+
+def talk(args: argparse.Namespace, notes: str | None) -> int:
+    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+    with openai.OpenAI(base_url=args.url, api_key=key) as client:
         options: dict[str, Any] = {
             "model": args.model or client.models.list().data[0].id,
             "max_tokens": args.max_tokens,

@@ -6,7 +6,7 @@
 Each prompt is filler of a given length, with what is asked for at a given depth (0: where it begins, 1: where it ends).
 --keys 1,4 sweeps twice: with that one needle, and with three more like it anywhere in the prompt, whose answers are
 wrong. --planted COPIES makes prompts in the planted model's words, with each fact COPIES (its index_topk) times. Exit
-status 0: every answer is right, 1: not all are, 2: nothing could be asked.
+status 0: every answer is right, 1: not all are, 2: none came, or an option is bad.
 
 What sparsity costs a model shows in two sweeps of the same weights: as they are, and served densely
 (VLLM_DSA_DENSE=1) or with another selection (--hf-overrides '{"index_topk": 512}').
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from vllm_dsa.tools.canary import (
     ANSWER_TOKENS,
+    KEYS,
     SHORT_ANSWER_TOKENS,
     TIMEOUT_S,
     Client,
@@ -189,24 +190,31 @@ def run(args: argparse.Namespace) -> int:
 
     results = sweep(client, model, questions, max_tokens, args.clients)
     found, wrong = by_cell(results), [result for result in results if not result["right"]]
+    answered = any("error" not in result for result in results)
     print(f"{model} at {client.base}\n{table(found)}")
     for result in wrong[:3]:
         said = result.get("error") or f"answered {result['answer'][:80]!r}, expected {result['expected']!r}"
         print(f"{_keys(result['keys'])}, {result['length']:,} tokens, depth {result['depth']:g}: {said}")
     if args.json:
-        report = {"endpoint": client.base, "model": model, "right": not wrong, "cells": found, "wrong": wrong}
+        right = not wrong if answered else None
+        report = {"endpoint": client.base, "model": model, "right": right, "cells": found, "wrong": wrong}
         try:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--json {args.json}: {error}. Name a file in a folder that exists.") from error
     if args.png:
         draw(found, f"{model}: {len(results) - len(wrong)} of {len(results)} right", Path(args.png))
+    if not answered:
+        print("needle.py: no question was answered, so nothing could be judged", file=sys.stderr)
+        return 2
     return int(bool(wrong))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--endpoint", required=True, metavar="URL", help="an OpenAI server; OPENAI_API_KEY is its key")
+    parser.add_argument(
+        "--endpoint", required=True, metavar="URL", help=f"an OpenAI server; its key: {' or '.join(KEYS)}"
+    )
     parser.add_argument("--model", help="default: the first that the server lists")
     parser.add_argument("--lengths", default="1000,2000,4000,8000", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="default: %(default)s")

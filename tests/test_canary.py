@@ -138,9 +138,13 @@ def test_own_prompts_are_compared_exactly(tmp_path):
 def test_the_key_comes_from_the_environment():
     with server(key="secret") as (url, _):
         refused = verify(url, "--lengths", "300", env={})
-        assert refused.returncode == 1
-        assert "HTTP 401" in refused.stdout and "OPENAI_API_KEY" in refused.stdout
-        assert verify(url, "--lengths", "300", env={"OPENAI_API_KEY": "secret"}).returncode == 0
+        assert refused.returncode == 2
+        assert "HTTP 401" in refused.stdout and "Set OPENAI_API_KEY or VLLM_API_KEY." in refused.stdout
+        assert verify(url, "--lengths", "300", env={"VLLM_API_KEY": "secret"}).returncode == 0
+        both = {"OPENAI_API_KEY": "secret", "VLLM_API_KEY": "other"}
+        assert verify(url, "--lengths", "300", env=both).returncode == 0
+        refused = verify(url, "--lengths", "300", env={"OPENAI_API_KEY": "other", "VLLM_API_KEY": "secret"})
+        assert (refused.returncode, "The key sent is OPENAI_API_KEY's." in refused.stdout) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +157,38 @@ def test_the_key_comes_from_the_environment():
         (dict(usage=False), "usage.prompt_tokens"),
     ],
 )
-def test_a_server_without_usable_replies_fails_in_time(facts, says):
+def test_a_server_without_usable_replies_is_not_judged_in_time(facts, says):
     with server(**facts) as (url, _):
         start = time.monotonic()
         done = verify(url, "--lengths", "300", "--timeout", "1" if "pause" in facts else "20")
-    assert (done.returncode, says in done.stdout) == (1, True), done.stdout + done.stderr
+    assert (done.returncode, says in done.stdout) == (2, True), done.stdout + done.stderr
     assert time.monotonic() - start < 30
 
 
-def test_no_server_fails():
-    done = verify(f"http://127.0.0.1:{free_port()}")
-    assert done.returncode == 1
-    assert "refused" in done.stdout
+def test_no_server_is_not_judged():
+    nobody = f"http://127.0.0.1:{free_port()}"
+    done = verify(nobody)
+    assert done.returncode == 2
+    assert "refused" in done.stdout and "nothing could be judged" in done.stdout
+    done = verify(nobody, "--json")
+    assert (done.returncode, json.loads(done.stdout)["right"]) == (2, None)
+
+
+@pytest.mark.parametrize(("broken", "status", "right"), [("all", 2, None), ("some", 1, False)])
+def test_a_server_that_answers_some_questions_only_is_wrong_and_one_that_answers_none_is_not_judged(
+    broken, status, right, tmp_path
+):
+    def breaks(prompt: str, max_tokens: int) -> str:
+        return "lion" if broken == "some" and "red" in prompt else 1 / 0
+
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"What is {color}?", "answer": "lion"} for color in ("red", "blue")]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    with server(breaks) as (url, _):
+        done = verify(url, "--prompts", str(file), "--json", "--timeout", "5")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["right"]) == (status, right)
+    assert ["error" in result for result in report["asked"]] == [broken == "all", True]
 
 
 @pytest.mark.parametrize(

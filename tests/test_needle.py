@@ -96,13 +96,19 @@ def test_planted_words(tmp_path):
     assert [cell["right"] for cell in report["cells"]] == [0, 1, 1] * 2
 
 
-def test_a_server_that_fails_is_wrong_and_named(tmp_path, capsys):
+def test_a_server_that_fails_is_named_and_not_judged_and_one_that_fails_at_times_is_wrong(tmp_path, capsys):
     with server(reads_all, key="secret") as (url, _):
         assert needle.main(["--endpoint", url]) == 2
         assert "HTTP 401" in capsys.readouterr().err
+    options = ("--planted", "4", "--lengths", "400", "--keys", "1", "--depths", "0,1", "--timeout", "5")
     with server(lambda *_: 1 / 0) as (url, _):
-        status, report = sweep(url, tmp_path, "--planted", "4", "--lengths", "400", "--timeout", "5")
-    assert (status, {bool(wrong["error"]) for wrong in report["wrong"]}) == (1, {True})
+        status, report = sweep(url, tmp_path, *options)
+    assert (status, report["right"], ["error" in wrong for wrong in report["wrong"]]) == (2, None, [True] * 4)
+    assert "nothing could be judged" in capsys.readouterr().err
+    turns = iter([True, False, False, False])
+    with server(lambda prompt, n: reads_all(prompt, n) if next(turns) else 1 / 0) as (url, _):
+        status, report = sweep(url, tmp_path, *options)
+    assert (status, report["right"], len(report["wrong"])) == (1, False, 3)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from vllm_dsa.tools.progress import progress
 LENGTHS, DEPTHS, TIMEOUT_S = (3000, 8000, 32000), (0.1, 0.5, 0.9), 300.0
 ANSWER_TOKENS = 2048  # a reasoning model thinks first
 SHORT_ANSWER_TOKENS = 32  # of --prompts and /v1/completions
+KEYS = ("OPENAI_API_KEY", "VLLM_API_KEY")  # the server's key is the first that is set
 LOCAL = ("localhost", "127.0.0.1", "::1")
 REPLY_BYTES = 16 << 20
 QUESTION = "What is the passcode of the archive? Answer with the passcode alone."
@@ -70,7 +71,8 @@ class Client:
         handlers = [urllib.request.ProxyHandler({})] if url.hostname in LOCAL else []
         self.opener = urllib.request.build_opener(*handlers)
         self.timeout, self.completions = timeout, completions
-        self.key = os.environ.get("OPENAI_API_KEY")
+        self.key_name = next((name for name in KEYS if os.environ.get(name)), None)
+        self.key = os.environ[self.key_name] if self.key_name else None
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object that the server replies to GET, or to POST of a body. Raises RequestFailed."""
@@ -90,7 +92,8 @@ class Client:
             answer = json.loads(content)
         except urllib.error.HTTPError as error:
             text = error.read(2000).decode(errors="replace")
-            hint = " Set OPENAI_API_KEY." if error.code in (401, 403) else ""
+            step = f"The key sent is {self.key_name}'s." if self.key_name else f"Set {' or '.join(KEYS)}."
+            hint = f" {step}" if error.code in (401, 403) else ""
             raise RequestFailed(f"{path}: HTTP {error.code}: {text[:300]}{hint}") from error
         except TimeoutError as error:
             raise RequestFailed(f"{path}: no reply within {self.timeout:g} s") from error
@@ -147,12 +150,15 @@ def run(args: argparse.Namespace) -> int:
         results = _ask_all(client, model, needles, bool(own) or client.completions)
     except RequestFailed as error:
         results.append({"label": client.base, "right": False, "error": str(error)})
-    right = bool(results) and all(result["right"] for result in results)
+    answered = any("error" not in result for result in results)
+    right = all(result["right"] for result in results) if answered else None
     if args.json:
         print(json.dumps({"right": right, "endpoint": client.base, "model": model, "left_out": note, "asked": results}))
     else:
         show([_section(client.base, model, results, note)])
-    return int(not right)
+        if not answered:
+            print("no question was answered, so nothing could be judged")
+    return int(not right) if answered else 2
 
 
 def _lengths(text: str | None) -> list[int]:

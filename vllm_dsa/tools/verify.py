@@ -1,7 +1,7 @@
 """Are the kernels right on this machine, this model's indexer on real text, or a server's long answers?
 
 Without MODEL: every provider that can serve here, against reference.py, over named cases. With MODEL: layouts.py. With
---endpoint: canary.py. Exit status: 0 right, 1 wrong, 2 nothing could be judged.
+--endpoint: canary.py. Exit status: 0 right, 1 wrong, 2 nothing could be judged (no server, say).
 """
 
 import argparse
@@ -18,7 +18,7 @@ EXAMPLE = """examples:
   vllm-dsa verify /models/DeepSeek-V3.2 --engine '{"tensor_parallel_size": 8}'
   vllm-dsa verify --endpoint http://127.0.0.1:8000 --lengths 3000,8000      a gate after a server's start
 
-exit status: 0 right, 1 wrong, 2 nothing could be judged"""
+exit status: 0 right, 1 wrong, 2 nothing could be judged: no provider, no server, bad input"""
 
 REFERENCE = "reference"  # the provider that the others are checked against
 # Options that mean something in one mode only.
@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--tokens", type=int, metavar="N", help="of it; default: 4 x index_topk, at least 2048")
     model.add_argument("--engine", metavar="JSON", help="""arguments of vllm.LLM, as '{"dtype": "float32"}'""")
     endpoint = parser.add_argument_group("of an --endpoint")
-    endpoint.add_argument("--endpoint", metavar="URL", help="ask this OpenAI server for words hidden in long prompts")
+    endpoint.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask this OpenAI server for words hidden in long prompts; its key: OPENAI_API_KEY or VLLM_API_KEY",
+    )
     endpoint.add_argument(
         "--lengths", metavar="N,N", help="tokens a prompt; default: 3000,8000,32000, as far as they fit"
     )
