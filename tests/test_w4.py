@@ -31,6 +31,7 @@ from vllm_dsa.checkpoint import CheckpointError, Expected
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
 from vllm_dsa.tools import memory
+from vllm_dsa.tools.main import main
 
 INTEGERS = ("awq", "gptq", "w4a16", "w4a16-zeros")
 SMALL = dict(index_n_heads=8, num_hidden_layers=2)
@@ -273,6 +274,12 @@ def test_files_are_checked_by_name(folders, form, tmp_path):
         with pytest.raises(CheckpointError, match=rf"lacks .*{re.escape(module)}\.\w+"):
             expected = Expected.from_hf(config_of(folder))
             list(checkpoint.checked(read(target).items(), expected, expected.model))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_doctor_sees_a_packed_mtp_layer(folders, form, capsys):
+    main(["doctor", str(folders[form])])
+    assert re.search(r"ok +weights +\d+ files", said := capsys.readouterr().out) and "MTP weights" not in said
 
 
 def test_a_conversion_without_the_indexer_is_refused(folders, tmp_path):

@@ -120,6 +120,11 @@ class Expected:
         stem, _, last = name.rpartition(".")
         return f"{stem}.weight" if self.packed and last in ("qweight", "weight_packed") else name
 
+    def missing(self, required: Iterable[str], stored: Iterable[str]) -> list[str]:
+        """Those of the ``required`` names that are not ``stored``, be it plain or packed."""
+        names = {self.plain_name(name) for name in stored}
+        return [name for name in required if name not in names]
+
 
 def _norm(config: DSAConfig, prefix: str, gated: bool) -> dict[str, Shape]:
     """A norm before attention or MLP; A.X-K2 has a gate behind some of them."""
@@ -340,9 +345,8 @@ def refuse_unpaired(alone: Collection[str]) -> None:
     )
 
 
-def _check_complete(stored: Iterable[str], expected: Expected, required: Collection[str], hint: str = "") -> None:
-    names = {expected.plain_name(name) for name in stored}
-    missing = [name for name in required if name not in names]
+def _check_complete(stored: Collection[str], expected: Expected, required: Collection[str], hint: str = "") -> None:
+    missing = expected.missing(required, stored)
     if not missing:
         return
     if any(".eh_proj." in name for name in required):
@@ -351,7 +355,7 @@ def _check_complete(stored: Iterable[str], expected: Expected, required: Collect
             f"tensors of its MTP layer: {_some(missing)}. Some conversions leave that layer out. Serve the published "
             f"files, or remove --speculative-config."
         )
-    if names and not any(INDEXER in name for name in names):
+    if stored and not any(INDEXER in name for name in stored):
         raise CheckpointError(
             f"the checkpoint has no indexer tensors ({_some([n for n in missing if INDEXER in n])}), config.json asks "
             f"for them. These are weights of a model without DSA (DeepSeek-V3, V3.1, R1?), or a conversion has dropped "

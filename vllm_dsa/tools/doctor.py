@@ -371,9 +371,9 @@ def _check_model(folder: Path, tp: int, section: Section, facts: dict[str, Any])
     if expected is None:
         text = "quantised in a format whose names and shapes are not checked here; vLLM does while it loads"
         section.add("weights", text, "note")
-    elif lacking := set(expected.draft) - set(stored):
+    elif missing := expected.missing(expected.draft, stored):
         number = len(expected.draft)
-        text = f"its layer lacks {len(lacking)} of {number} tensors here: serve without --speculative-config"
+        text = f"its layer lacks {len(missing)} of {number} tensors here: serve without --speculative-config"
         section.add("MTP weights", text, "note")
 
 
