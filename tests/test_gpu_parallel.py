@@ -276,9 +276,12 @@ def compared(name: str, scores: list[torch.Tensor], alone: list[torch.Tensor]) -
 
 def answered(found: dict[str, Any], plain: dict[str, Any], name: str) -> None:
     """Right, and token for token those of one rank without drafts."""
-    assert found["answers"] == plain["answers"]
+    equal = [a == b for a, b in zip(found["answers"], plain["answers"], strict=True)]
     drafts, drafted, accepted = found["drafts"]
-    print(f"{name}: {len(found['answers'])} answers as of one rank; {drafts} drafts, {accepted} of {drafted} accepted")
+    print(
+        f"{name}: {sum(equal)} of {len(equal)} answers as of one rank; {drafts} drafts, {accepted} of {drafted} taken"
+    )
+    assert all(equal)
 
 
 @needs("planted")
@@ -312,11 +315,12 @@ def test_two_ranks_select_as_one(engines):
     (one, _), (two, _) = found["select"]
     lonely = alone["select"][0][0]
     assert len(one) == len(two) == len(lonely) == RANDOM["num_hidden_layers"]
-    assert all(a.selected.equal(b.selected) for a, b in zip(one, two, strict=True)), "the ranks select otherwise"
+    apart = [i for i, (a, b) in enumerate(zip(one, two, strict=True)) if not a.selected.equal(b.selected)]
+    assert not apart, f"layer {apart[0]} is the first where the ranks select otherwise; all: {apart}"
     moved, others = [], []
     for a, b in zip(one, lonely, strict=True):
         full = b.scores[:, -1] > -torch.inf  # rows that had a choice
-        difference = ((a.scores - b.scores)[full].abs() / b.scores[full][:, :1].abs()).nan_to_num(0)  # 0 / 0 is none
+        difference = (a.scores - b.scores)[full].abs() / b.scores[full][:, :1].abs().clamp(min=1e-9)
         moved.append(difference.quantile(0.9).item())
         others.append(sum(len({*x} - {*y}) for x, y in zip(a.selected.tolist(), b.selected.tolist(), strict=True)))
     places = one[0].selected.numel()
