@@ -22,7 +22,7 @@ SERVE_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACH
 # machines, a program that uses it may take all of them out of service. For servers and engines on several GPUs.
 NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # vLLM's custom all-reduce asks torch for it in every TP group
     "NVSHMEM_DISABLE_NVLS": "1",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
