@@ -377,7 +377,7 @@ def main() -> None:
     torch.manual_seed(0)
     vendor = import_module("vllm_dsa.kernels.vendor") if arguments.vendor else None
     if vendor:  # FlashMLA itself, also where the provider takes Triton's kernels
-        vendor.TRITON_DECODE_HEADS = vendor.TRITON_PREFILL_HEADS = 0
+        vendor.TRITON_HEADS = vendor.TRITON_DECODE_HEADS = 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, {arguments.cache}")
     if "write" in ops:
         for tokens, heads in itertools.product((32, 16384), arguments.heads):

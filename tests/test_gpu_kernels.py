@@ -77,7 +77,7 @@ def all_decodes(kernels: Any) -> Any:
 
 
 def decodes(rows: Rows) -> Rows:
-    return replace(rows, decodes=len(rows.lengths), step={})
+    return replace(rows, decodes=len(rows.lengths), made={})
 
 
 def accumulation(case: Case) -> torch.dtype:
@@ -172,11 +172,11 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
     case = replace(WIDE, name="replayed", heads=heads, requests=((5000, 1), (2048, 1), (300, 1), (9000, 1)))
     inputs, codes, weights = written(case, "cuda")
     count, step = case.tokens, inputs.rows
-    rows = replace(step, requests=step.requests.clone(), lengths=step.lengths.clone(), decodes=count, step={})
+    rows = replace(step, requests=step.requests.clone(), lengths=step.lengths.clone(), decodes=count, made={})
 
     run: Callable[[], Any] = lambda: selection(kernels, case, inputs, codes, weights, rows, slice(None))  # noqa: E731
     run()  # compiles
-    rows.step.clear()  # a captured step makes its schedules itself
+    rows.made.clear()  # a captured step makes its schedules itself
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
@@ -186,7 +186,7 @@ def test_a_captured_step_replays_for_other_lengths(heads, kernels):
         for x in captured:
             x.view(torch.uint8).fill_(0xFF)
         graph.replay()
-        rows.step.clear()
+        rows.made.clear()
         same(captured, run())
     same(captured, selection(kernels, case, inputs, codes, weights, decodes(step), slice(None)))
 

@@ -1,11 +1,24 @@
 """Rows of a step: built on the host, built in fixed buffers as on a GPU, cut and shared; slots of positions."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vllm_dsa.metadata import DeviceRows, Rows, build_rows, count_decodes, cut, shared_chunks, tokens_to_slots
+from vllm_dsa.metadata import (
+    DeviceRows,
+    Rows,
+    build_rows,
+    count_decodes,
+    cut,
+    dense_parts,
+    prefill_parts,
+    score_tiles,
+    shared_chunks,
+    tokens_to_slots,
+    without,
+)
 
 TABLE = torch.tensor([[3, 1, 9], [7, 0, 9], [5, 2, 4]], dtype=torch.int32)
 
@@ -162,3 +175,63 @@ def test_tokens_to_slots_follows_the_block_table():
     assert slots.dtype == torch.int64
     # A page number times the block size passes 2^31 in caches of many pages.
     assert tokens_to_slots(int32(5), int32(30_000_000), 256).tolist() == [30_000_000 * 256 + 5]
+
+
+def schedule(seed: int) -> Rows:
+    """Some decodes, then prompts' chunks, of which some bring no row, then maybe padding."""
+    generator = random.Random(seed)
+    decodes = generator.randrange(4)
+    counts = [1] * decodes + [generator.choice((0, 1, 3, 40, 300)) for _ in range(generator.randrange(6))]
+    ends = [count + generator.choice((0, 0, 5, 90, 700)) for count in counts]
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    rows = build_rows(
+        int32(*starts), int32(*ends), torch.zeros(len(ends), 1).int(), 16, starts[-1] + generator.choice((0, 7))
+    )
+    return replace(rows, decodes=decodes)
+
+
+@pytest.mark.parametrize("most", [1, 100, 1000])
+@pytest.mark.parametrize("seed", range(40))
+def test_prefill_parts(seed, most):
+    rows = schedule(seed)
+    parts = prefill_parts(rows, most)
+    assert [row for part in parts for row in range(len(rows.lengths))[part.rows]] == [
+        *range(rows.decodes, len(rows.lengths))
+    ]
+    for part in parts:
+        ends = rows.ends[part.requests]
+        assert part.bounds == tuple(sum(ends[:i]) for i in range(len(ends) + 1))
+        assert len(ends) < 2 or part.bounds[-1] <= most
+        real = rows.requests[part.rows][rows.lengths[part.rows] > 0]
+        assert set(real.tolist()) <= {*range(part.requests.start, part.requests.stop)}
+    assert prefill_parts(rows, most) is parts
+
+
+@pytest.mark.parametrize("most", [1, 500, 20_000])
+@pytest.mark.parametrize("seed", range(40))
+def test_score_tiles(seed, most):
+    rows, top_k, least = schedule(seed), 64, 16
+    for part in prefill_parts(rows, 1000):
+        first, last = rows.starts[part.requests.start], rows.starts[part.requests.stop]
+        tiles = score_tiles(rows, part.requests, top_k, most, least)
+        assert [row for tile, _ in tiles for row in range(first, last)[tile]] == [*range(first, last)]
+        for tile, longest in tiles:
+            lengths = rows.lengths[first:last][tile]
+            assert int(lengths.max()) <= longest
+            assert len(lengths) == 1 or longest == top_k or len(lengths) * longest <= most
+        # Of what need not be scored, nothing is, but for parts of requests that are short.
+        for request in range(part.requests.start, part.requests.stop):
+            mine = rows.lengths[rows.starts[request] : rows.starts[request + 1]]
+            if least <= (few := int((mine <= top_k).sum())) < len(mine):
+                short = slice(rows.starts[request] - first, rows.starts[request] - first + few)
+                assert (short, top_k) in tiles
+
+
+def test_what_layers_share_is_made_once():
+    rows, made = mixed(), []
+    others = without(rows, dense_parts(rows, 60, 8))
+    for _ in range(2):
+        assert rows.once("name", lambda: made.append(1) or len(made)) == 1
+    assert others.once("name", lambda: 0) == 1
+    # But not what comes of the lengths, which differ.
+    assert not cut(rows, slice(43, 63)).lengths.equal(cut(others, slice(43, 63)).lengths)

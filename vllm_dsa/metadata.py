@@ -1,11 +1,13 @@
 """What one step asks of the kernels: pure functions from lengths and block tables to rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,6 @@ class Rows:
     starts: host ints, requests + 1: rows starts[i]:starts[i + 1] are request i's, in ascending position
     ends: host ints, one a request: length of its last row, so request i needs no key at or past ends[i]
     decodes: host int: the first so many rows are of requests that bring few rows each (decode, draft verification)
-    step: where a provider keeps what it derives once a step for all layers
     """
 
     requests: torch.Tensor
@@ -29,7 +30,14 @@ class Rows:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     decodes: int = 0
-    step: dict[Any, Any] = field(default_factory=dict, compare=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What make() returned the first time in this step: the same for every layer, and for ``without``'s rows."""
+        if name not in self.made:
+            self.made[name] = make()
+        found: T = self.made[name]
+        return found
 
 
 def build_rows(
@@ -65,16 +73,16 @@ def dense_parts(rows: Rows, top_k: int, least: int) -> tuple[tuple[int, slice], 
 
     Such rows select every key they see, so that dense attention serves them as well.
     """
-    key = ("dense parts", top_k, least)
-    if key not in rows.step:
+
+    def make() -> tuple[tuple[int, slice], ...]:
         found = []
         for request, (first, last) in enumerate(pairwise(rows.starts)):
             count = min(last - first, top_k - (rows.ends[request] - (last - first)))
             if first >= rows.decodes and count >= least:
                 found.append((request, slice(first, first + count)))
-        rows.step[key] = tuple(found)
-    parts: tuple[tuple[int, slice], ...] = rows.step[key]
-    return parts
+        return tuple(found)
+
+    return rows.once(("dense parts", top_k, least), make)
 
 
 def between(parts: Sequence[slice], count: int) -> tuple[slice, ...]:
@@ -85,15 +93,14 @@ def between(parts: Sequence[slice], count: int) -> tuple[slice, ...]:
 
 def without(rows: Rows, parts: tuple[tuple[int, slice], ...]) -> Rows:
     """Rows that see no key in ``parts``, as dense_parts returns them, and are the same elsewhere."""
-    if not parts:
-        return rows
-    if "without" not in rows.step:
+
+    def make() -> Rows:
         lengths = rows.lengths.clone()
         for _, part in parts:
             lengths[part] = 0
-        rows.step["without"] = replace(rows, lengths=lengths)
-    others: Rows = rows.step["without"]
-    return others
+        return replace(rows, lengths=lengths)
+
+    return rows.once(("without", *((part.start, part.stop) for _, part in parts)), make) if parts else rows
 
 
 def cut(rows: Rows, mine: slice) -> Rows:
@@ -102,11 +109,11 @@ def cut(rows: Rows, mine: slice) -> Rows:
     A request may be cut: it then ends with the last of its rows that is in. Made once a step.
     """
     first, last = mine.start, mine.stop
-    key = ("cut", first, last)
-    if key not in rows.step:
+
+    def make() -> Rows:
         owners = [i for i, (start, stop) in enumerate(pairwise(rows.starts)) if max(start, first) < min(stop, last)]
         low, high = (owners[0], owners[-1] + 1) if owners else (0, 0)
-        rows.step[key] = Rows(
+        return Rows(
             requests=rows.requests[mine] - low,
             lengths=rows.lengths[mine],
             block_table=rows.block_table[low:high],
@@ -115,8 +122,83 @@ def cut(rows: Rows, mine: slice) -> Rows:
             ends=tuple(rows.ends[i] - max(0, rows.starts[i + 1] - last) for i in range(low, high)),
             decodes=min(max(rows.decodes, first), last) - first,
         )
-    found: Rows = rows.step[key]
-    return found
+
+    return rows.once(("cut", first, last, id(rows.lengths)), make)  # ``without`` has other lengths
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive prefill requests whose keys are gathered together: ``requests`` and their ``rows``.
+
+    bounds: host ints, requests + 1: the first gathered key of each request, then how many there are
+    """
+
+    requests: slice
+    rows: slice
+    bounds: tuple[int, ...]
+
+
+def prefill_parts(rows: Rows, most: int) -> tuple[Part, ...]:
+    """The rows past the decodes in parts of at most ``most`` keys; a longer request is alone.
+
+    Rows that pad the step are the last part's, which then may be of no request.
+    """
+
+    def make() -> tuple[Part, ...]:
+        parts, requests, tokens = list[Part](), len(rows.ends), len(rows.lengths)
+        first = next((i for i in range(requests) if rows.starts[i] >= rows.decodes), requests)
+        row = rows.decodes
+        while row < tokens:
+            last, bounds = first, [0]
+            while last < requests and (last == first or bounds[-1] + rows.ends[last] <= most):
+                bounds.append(bounds[-1] + rows.ends[last])
+                last += 1
+            stop = rows.starts[last] if last < requests else tokens
+            if stop > row:
+                parts.append(Part(slice(first, last), slice(row, stop), tuple(bounds)))
+            first, row = last, stop
+        return tuple(parts)
+
+    return rows.once(("prefill parts", most), make)
+
+
+def score_tiles(rows: Rows, requests: slice, top_k: int, most: int, least: int) -> list[tuple[slice, int]]:
+    """The rows of some requests, from the first of them on, in tiles of at most ``most`` scores (or one row), each with
+    a bound of its rows' lengths. A tile may be of several requests.
+
+    A request's first rows that see at most top_k keys, if they are ``least`` or more, are tiles of their own: nobody
+    has to score them.
+    """
+    base = rows.starts[requests.start]
+    tiles: list[tuple[slice, int]] = []
+    start = stop = base  # the tile that may still grow
+    longest = 0
+
+    def close(first: int, last: int, bound: int) -> None:
+        if first < last:
+            tiles.append((slice(first - base, last - base), bound))
+
+    for request in range(requests.start, requests.stop):
+        (first, last), end = rows.starts[request : request + 2], rows.ends[request]
+        short = top_k - (end - (last - first))
+        if least <= short < last - first:
+            close(start, stop, longest)
+            close(first, first + short, top_k)
+            first, longest = first + short, 0
+            start = stop = first
+        while first < last:
+            if (last - start) * max(longest, end) <= most:
+                first, stop, longest = last, last, max(longest, end)
+                continue
+            close(start, stop, longest)
+            longest = 0
+            if start == stop:  # too many scores for one tile
+                stop = min(first + max(1, most // end), last)
+                close(first, stop, end - (last - stop))
+                first = stop
+            start = stop = first
+    close(start, stop, longest)
+    return tiles
 
 
 def count_scores(rows: Rows, top_k: int) -> int:
@@ -137,16 +219,16 @@ def shared_chunks(rows: Rows, top_k: int, ranks: int, least: int) -> tuple[slice
     Empty where the ranks do not share: where select computes fewer than ``least`` scores (0: never share), or fewer
     than top_k a row, since what is gathered grows with the rows. All ranks decide alike, by what their hosts know.
     """
-    key = ("shared chunks", top_k, ranks, least)
-    if key not in rows.step:
+
+    def make() -> tuple[slice, ...]:
         tokens = len(rows.lengths)
         count, borders = tokens - rows.decodes, list[int]()
         if ranks > 1 and least and count and count_scores(rows, top_k) >= max(least, count * top_k):
             size = -(-count // (2 * ranks))
             borders = [min(rows.decodes + i * size, tokens) for i in range(2 * ranks + 1)]
-        rows.step[key] = tuple(slice(first, last) for first, last in pairwise(borders))
-    chunks: tuple[slice, ...] = rows.step[key]
-    return chunks
+        return tuple(slice(first, last) for first, last in pairwise(borders))
+
+    return rows.once(("shared chunks", top_k, ranks, least), make)
 
 
 def count_decodes(starts: list[int], longest: int) -> int:

@@ -14,7 +14,7 @@ Parts, divided by their sums of weights, are kept in float16 until they are merg
 """
 
 import math
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode, decode_words
 from vllm_dsa.kernels.triton_select import PLACES_BYTES
-from vllm_dsa.metadata import Rows
+from vllm_dsa.metadata import Part, Rows, prefill_parts
 
 SCALE_BYTES = tl.constexpr(cache.SCALE_BYTES)
 WIDE_ROWS = 1 << 18  # latent rows widened at a time: 302 MB
@@ -247,43 +247,19 @@ def _merge_kernel(
     _finish(top, total, values, out + row * out_stride_t, lse + row * HEADS, head, out_stride_h, HEADS, RANK, BLOCK_R)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Consecutive prefill requests whose latents are widened together, and their query rows."""
+def _spans(rows: Rows) -> torch.Tensor:
+    """[requests, 2] int64: the first widened row of each prefill request within its part, and how many it has."""
 
-    requests: slice
-    rows: slice
-    keys: int
-    longest: int
+    def make() -> torch.Tensor:
+        spans = [(0, 0)] * max(1, len(rows.ends))
+        for part in prefill_parts(rows, WIDE_ROWS):
+            spans[part.requests] = [(first, last - first) for first, last in pairwise(part.bounds)]
+        on_host = torch.tensor(spans, dtype=torch.int64)
+        if rows.lengths.is_cuda:
+            on_host = on_host.pin_memory()
+        return on_host.to(rows.lengths.device, non_blocking=True)
 
-
-def _parts(rows: Rows) -> tuple[list[Part], torch.Tensor]:
-    """The step's prefills in parts of at most WIDE_ROWS keys (a longer one alone), and spans [requests, 2] int64: the
-    first widened row of each request within its part, and how many it has. Made once a step."""
-    if "widened" in rows.step:
-        return rows.step["widened"]
-    device, count = rows.lengths.device, len(rows.ends)
-    spans = [[0, 0]] * max(1, count)
-    first = next((i for i in range(count) if rows.starts[i] >= rows.decodes), count)
-    parts, begin, keys = [], first, 0
-    for request in range(first, count):
-        if keys and keys + rows.ends[request] > WIDE_ROWS:
-            parts.append((begin, request, keys))
-            begin, keys = request, 0
-        spans[request] = [keys, rows.ends[request]]
-        keys += rows.ends[request]
-    parts.append((begin, count, keys))
-    made, row = [], rows.decodes
-    for begin, end, keys in parts:
-        last = rows.starts[end] if end < count else len(rows.lengths)  # rows that pad a step come last
-        made.append(Part(slice(begin, end), slice(row, last), keys, max(rows.ends[begin:end], default=0)))
-        row = last
-    on_host = torch.tensor(spans, dtype=torch.int64)
-    if device.type == "cuda":
-        on_host = on_host.pin_memory()
-    on_device = on_host.to(device, non_blocking=True)
-    rows.step["widened"] = [part for part in made if part.rows.start < part.rows.stop], on_device
-    return rows.step["widened"]
+    return rows.once("spans", make)
 
 
 def workspace(request: Any, tokens: int) -> int:
@@ -336,8 +312,8 @@ def attend_prefills(
     if rows.decodes >= tokens:
         return
     config = triton_configs.attend_prefills(out.device, query.dtype, heads)
-    parts, spans = _parts(rows)
-    for part in parts:
+    spans = _spans(rows)
+    for part in prefill_parts(rows, WIDE_ROWS):
         wide = _widen(latent_cache, rows, part, spans, query.shape[2], rank, query.dtype)
         _attend(query, wide, rows, part.rows, selected, scale, out, lse, config, spans)
         del wide  # before the next is made
@@ -353,11 +329,12 @@ def _widen(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Latent rows [keys, R + P] of a part's requests."""
-    wide = torch.empty(part.keys, width, dtype=dtype, device=latent_cache.device)
+    keys, longest = part.bounds[-1], max(rows.ends[part.requests], default=0)
+    wide = torch.empty(keys, width, dtype=dtype, device=latent_cache.device)
     group = min(cache.LATENT_GROUP, triton.next_power_of_2(rank))
     block = 32
-    if part.keys:
-        _widen_kernel[(triton.cdiv(part.longest, block), part.requests.stop - part.requests.start)](
+    if keys:
+        _widen_kernel[(triton.cdiv(longest, block), part.requests.stop - part.requests.start)](
             latent_cache,
             rows.block_table,
             spans,

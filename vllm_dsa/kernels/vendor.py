@@ -9,10 +9,12 @@ attend  few heads: the Triton provider's kernels, which are faster there (benchm
         bfloat16 cache: the prefill kernel on the pages themselves
         rows that see at most index_topk keys: keys and values up-projected, FlashAttention
 
-What all layers of a step share (schedules, row bounds, expanded block tables) is kept in ``rows.step``.
+What all layers of a step share (schedules, row bounds, expanded block tables) is made once: ``Rows.once``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,26 +24,26 @@ import triton.language as tl
 from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_attend
 from vllm_dsa.kernels.triton_select import PLACES_BYTES, top_k_rows
-from vllm_dsa.metadata import Rows
+from vllm_dsa.metadata import Rows, prefill_parts, score_tiles
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
-# Up to so many heads Triton's kernels are the faster ones; over fp8_ds_mla, from so many decodes on. Measured: H200,
-# 2026-11-22.
-TRITON_PREFILL_HEADS, TRITON_DECODE_HEADS, TRITON_DECODE_ROWS = 32, 16, 32
+# Up to so many heads Triton's kernels are the faster ones: in prefills and all over bfloat16 caches; in decodes over
+# fp8_ds_mla, from so many rows on. Measured: H200, 2026-11-22.
+TRITON_HEADS, TRITON_DECODE_HEADS, TRITON_DECODE_ROWS = 32, 16, 32
 DENSE_ROWS = 256  # below, up-projecting the keys costs more than attending to all heads' values in the latents
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive prefill requests whose keys are gathered together."""
+class Gathered:
+    """Prefill requests whose keys are gathered together, as the kernels want them."""
 
     requests: slice
     rows: slice
     starts: torch.Tensor  # [requests + 1] int32: first gathered key of each request, then the total
     row_starts: torch.Tensor  # [rows] int32: first gathered key of the row's request
     keys: int
-    tiles: tuple[tuple[slice, int], ...]  # rows, relative to this part, and an upper bound of their lengths
+    tiles: list[tuple[slice, int]]  # of score_tiles
 
 
 def library_refusals() -> list[str]:
@@ -64,7 +66,7 @@ def select(
     """Top-k positions of every row."""
     if rows.decodes:
         _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
-    for part in _parts(rows, out.shape[1]):
+    for part in _gathered(rows, out.shape[1]):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
 
 
@@ -80,88 +82,43 @@ def _select_decodes(
     for first in range(0, len(codes), tile):
         mine = slice(first, first + tile)
         lengths = rows.lengths[: rows.decodes][mine]
-        key = ("schedule", first)
-        if key not in rows.step:
-            rows.step[key] = paged_mqa_schedule(lengths.unsqueeze(1), rows.block_size)
-        logits = paged_mqa_logits(
-            codes[mine].unsqueeze(1), pages, weights[mine], lengths.unsqueeze(1), table[mine], rows.step[key], width
-        )
+        ends = lengths.unsqueeze(1)
+        schedule = rows.once(("schedule", first), partial(paged_mqa_schedule, ends, rows.block_size))
+        logits = paged_mqa_logits(codes[mine].unsqueeze(1), pages, weights[mine], ends, table[mine], schedule, width)
         top_k_rows(logits, lengths, out[mine])
 
 
 def _decode_table(rows: Rows) -> torch.Tensor:
     """Block table [decodes, blocks] of the decode rows, one line a row."""
-    if "table" not in rows.step:
-        one_each = rows.decodes == len(rows.block_table)
-        requests = rows.requests[: rows.decodes].long()
-        rows.step["table"] = rows.block_table if one_each else rows.block_table[requests]
-    return rows.step["table"]
+    if rows.decodes == len(rows.block_table):
+        return rows.block_table
+    return rows.once("table", lambda: rows.block_table[rows.requests[: rows.decodes].long()])
 
 
-def _parts(rows: Rows, top_k: int) -> list[Part]:
-    """The step's prefill requests in groups of at most GATHER_ROWS keys (a longer one alone), made once a step."""
-    if "parts" in rows.step:
-        return rows.step["parts"]
-    parts: list[Part] = []
-    device = rows.lengths.device
-    first = next((i for i, start in enumerate(rows.starts) if start >= rows.decodes), len(rows.ends))
-    while first < len(rows.ends):
-        last, bounds = first, [0]
-        while last < len(rows.ends) and (last == first or bounds[-1] + rows.ends[last] <= GATHER_ROWS):
-            bounds.append(bounds[-1] + rows.ends[last])
-            last += 1
-        mine = slice(rows.starts[first], rows.starts[last])
-        starts = torch.tensor(bounds, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
-        parts.append(
-            Part(
-                requests=slice(first, last),
-                rows=mine,
-                starts=starts,
-                row_starts=starts[(rows.requests[mine] - first).long()],
-                keys=bounds[-1],
-                tiles=_tiles(rows, first, last, top_k),
-            )
-        )
-        first = last
-    rows.step["parts"] = [part for part in parts if part.rows.start < part.rows.stop]
-    return rows.step["parts"]
+def _gathered(rows: Rows, top_k: int) -> list[Gathered]:
+    """The step's prefills in parts of at most GATHER_ROWS keys (a longer request alone)."""
+
+    def make() -> list[Gathered]:
+        found, most = [], (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // 4
+        for part in prefill_parts(rows, GATHER_ROWS):
+            first, mine = part.requests.start, slice(part.rows.start, rows.starts[part.requests.stop])
+            if mine.start < mine.stop:  # not only padding
+                starts = _on_device(part.bounds, rows)
+                row_starts = starts[(rows.requests[mine] - first).long()]
+                tiles = score_tiles(rows, part.requests, top_k, most, DENSE_ROWS)
+                found.append(Gathered(part.requests, mine, starts, row_starts, part.bounds[-1], tiles))
+        return found
+
+    return rows.once(("gathered", top_k), make)
 
 
-def _tiles(rows: Rows, first: int, last: int, top_k: int) -> tuple[tuple[slice, int], ...]:
-    """Row tiles of requests first:last whose score matrix fits the budget, each with its longest row's length."""
-    budget = (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // 4
-    base, end_row = rows.starts[first], rows.starts[last]
-    tiles, request, row = [], first, base
-    while row < end_row:
-        while rows.starts[request + 1] <= row:
-            request += 1
-        left = rows.starts[request + 1] - row
-        short = top_k - (rows.ends[request] - left)  # rows from here on that see at most top_k keys: never scored
-        if DENSE_ROWS <= short < left:
-            tiles.append((slice(row - base, row - base + short), top_k))
-            row += short
-            continue
-        # Lengths grow within a request, so the last row of a tile bounds it; a tile may span several short requests.
-        stop, longest, at = row, 0, request
-        while at < last:
-            room = rows.starts[at + 1]
-            reach = rows.ends[at]
-            widest = max(longest, reach)
-            if (room - row) * widest <= budget:
-                stop, longest, at = room, widest, at + 1
-                continue
-            if stop == row:
-                stop = row + max(1, budget // reach)
-                stop = min(stop, room)
-                longest = reach - (room - stop)
-            break
-        tiles.append((slice(row - base, stop - base), -(-longest // 64) * 64))  # whole 16 bytes: top-k's wide loads
-        row = stop
-    return tuple(tiles)
+def _on_device(values: Sequence[int], rows: Rows) -> torch.Tensor:
+    """int32, without waiting for the device."""
+    return torch.tensor(values, dtype=torch.int32).pin_memory().to(rows.lengths.device, non_blocking=True)
 
 
 def _select_part(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, part: Part, out: torch.Tensor
+    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, part: Gathered, out: torch.Tensor
 ) -> None:
     from vllm_dsa.compat import gather_index_keys, mqa_logits
 
@@ -176,7 +133,8 @@ def _select_part(
         if longest <= out.shape[1]:
             top_k_rows(scales.new_empty(1, 4), mine, out[tile])  # no score is looked at
             continue
-        logits = mqa_logits(codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, longest)
+        width = -(-longest // 64) * 64  # whole 16 bytes: top-k's wide loads
+        logits = mqa_logits(codes[tile], keys, scales.squeeze(1), weights[tile], starts, starts + mine, width)
         top_k_rows(logits, mine, out[tile])
 
 
@@ -187,12 +145,15 @@ def attend(
     tokens, heads = out.shape[:2]
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     step = (query, latent_cache, rows, selected, scale, out, lse)
-    many = rows.decodes >= TRITON_DECODE_ROWS or latent_cache.dtype != torch.uint8
-    if heads <= TRITON_DECODE_HEADS and many:
+    if latent_cache.dtype == torch.uint8:
+        through_triton = heads <= TRITON_DECODE_HEADS and rows.decodes >= TRITON_DECODE_ROWS
+    else:
+        through_triton = heads <= TRITON_HEADS
+    if through_triton:
         triton_attend.attend_decodes(*step)
     elif rows.decodes:
         _attend_decodes(*step)
-    if heads <= TRITON_PREFILL_HEADS:
+    if heads <= TRITON_HEADS:
         triton_attend.attend_prefills(*step)
     elif rows.decodes < tokens:
         _attend_prefills(*step)
@@ -215,12 +176,11 @@ def _attend_decodes(
         _attend_pages(query, latent_cache, rows, mine, selected, scale, out, lse)
         return
     padded = query[mine] if query.shape[1] in DECODE_HEADS else _padded(query[mine])
-    if "flash_mla" not in rows.step:
-        rows.step["flash_mla"] = flash_mla_schedule()
+    schedule = rows.once("flash_mla", flash_mla_schedule)
     slots = to_slots(selected, rows, mine, rows.block_size)
     direct = out[mine].unsqueeze(1) if heads == padded.shape[1] else None
     values, sums = flash_mla_decode(
-        padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, rows.step["flash_mla"], direct
+        padded.unsqueeze(1), latent_cache.unsqueeze(2), slots.unsqueeze(1), scale, schedule, direct
     )
     if direct is None:
         out[mine].copy_(values[:, 0, :heads])
@@ -248,7 +208,7 @@ def _attend_prefills(
     if latent_cache.dtype != torch.uint8:
         _attend_pages(query, latent_cache, rows, slice(rows.decodes, len(out)), selected, scale, out, lse)
         return
-    for part in _parts(rows, selected.shape[1]):
+    for part in _gathered(rows, selected.shape[1]):
         latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
         requests = part.requests.stop - part.requests.start
         gather_latents(latent_cache, latents, rows.block_table[part.requests], part.starts[:requests], requests)
@@ -310,7 +270,8 @@ def attend_dense(
     table = rows.block_table[request : request + 1]
     if latent_cache.dtype == torch.uint8:
         latents = torch.empty(length, 576, dtype=torch.bfloat16, device=query.device)
-        gather_latents(latent_cache, latents, table, _zero(rows), 1)
+        zero = rows.once("zero", lambda: torch.zeros(1, dtype=torch.int32, device=query.device))
+        gather_latents(latent_cache, latents, table, zero, 1)
     else:
         pages = table[0, : -(-length // rows.block_size)].long()
         latents = latent_cache[pages].flatten(0, 1)[:length]
@@ -320,22 +281,8 @@ def attend_dense(
     keys[..., nope:] = latents[:, None, rank:]
     values = torch.empty(length, heads, out.shape[2], dtype=query.dtype, device=query.device)
     torch.bmm(shared, w_uv, out=values.transpose(0, 1))
-    flash_attention(query, keys, values, *_bounds(rows, count, length), scale, out)
-
-
-def _zero(rows: Rows) -> torch.Tensor:
-    if "zero" not in rows.step:
-        rows.step["zero"] = torch.zeros(1, dtype=torch.int32, device=rows.lengths.device)
-    return rows.step["zero"]
-
-
-def _bounds(rows: Rows, *lengths: int) -> list[torch.Tensor]:
-    """[0, length] int32 on the device for each length, copied once a step."""
-    for length in lengths:
-        if ("bounds", length) not in rows.step:
-            bounds = torch.tensor([0, length], dtype=torch.int32).pin_memory()
-            rows.step["bounds", length] = bounds.to(rows.lengths.device, non_blocking=True)
-    return [rows.step["bounds", length] for length in lengths]
+    bounds = (rows.once(("bounds", n), partial(_on_device, (0, n), rows)) for n in (count, length))
+    flash_attention(query, keys, values, *bounds, scale, out)
 
 
 def workspace(request: Any, tokens: int) -> int:
