@@ -19,6 +19,7 @@ from tiny_checkpoint import write_random
 
 from vllm_dsa.compat import DEEP_GEMM_FUNCTIONS
 from vllm_dsa.testing.server import initial_environment
+from vllm_dsa.tools.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 BARE = """
@@ -154,6 +155,22 @@ def test_a_cpu_build_needs_no_gpu(tmp_path):
     assert row(report, "vLLM")[1].startswith("0.32.0+cpu, ")
     made.gpus(H100)
     assert row(made.report(status=0), "NVIDIA") == ("note", "vLLM 0.32.0+cpu is a CPU build and leaves them idle")
+
+
+@pytest.mark.parametrize(
+    ("capability", "provider", "status"),
+    [("8.0", "triton", 0), ("12.0", "triton", 0), ("9.0", "triton", 0), ("7.5", None, 1)],
+)
+def test_a_cpu_build_is_asked_about_a_gpu(tmp_path, capability, provider, status):
+    """It answers for that GPU, with the libraries that are here, and says that this vLLM would leave it idle."""
+    made = Machine(tmp_path, vllm="0.32.0-cpu")
+    report = made.report("--capability", capability, status=status)
+    assert set(report["providers"].values()) == ({provider} if provider else set())
+    assert "runs on the CPU, the layer is on cuda" in row(report, "not cpu")[1]
+    mark, text = row(report, "assumed")
+    assert mark == "note" and text.startswith(f"one of compute capability {capability}, none was asked: below is what")
+    assert "vLLM 0.32.0+cpu is a CPU build and would leave it idle" in text
+    assert f"Providers (cuda {capability}, 128 heads" in str(report["checks"])
 
 
 @pytest.mark.parametrize(
@@ -418,6 +435,7 @@ def test_the_installed_script(good):
         (["--version"], 0, r"^\d+\.\d+\.\d+$"),
         (["--help"], 0, r"doctor .*\n(.*\n)*.*plan "),
         (["doctor", "--help"], 0, r"vllm-dsa doctor /models/DeepSeek-V3\.2 --tp 8"),
+        *(([name, "--help"], 0, r"\nexit status: \w") for name in COMMANDS),
         (["doctor", str(good)], 0, r"No fault found\."),
         (
             ["plan", str(good), "--gpu", "L40S", "--num-gpus", "1"],

@@ -91,7 +91,7 @@ def test_a_new_provider_is_verified_without_being_named_anywhere_else(monkeypatc
         (("--case", "nothing"), {}, "Name one of: published decode; "),
         (("--text", "x"), {}, "--text is an option of a MODEL"),
         (("/nowhere", *CASE), {}, "--case is an option of the kernels"),
-        (("/nowhere",), {}, "no config.json there"),
+        (("/nowhere",), {}, "'/nowhere' is no folder here and no Hugging Face id in the cache"),
         (("/nowhere", "--endpoint", "http://127.0.0.1:1"), {}, "two checks"),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_cannot_be_judged_says_why(options, env, says, monkeypatch, capsys)
     ("content", "options", "says"),
     [
         ('{"model_type": "llama"}', (), "not a DSA model"),
-        ("{", (), "is not JSON"),
+        ("{", (), "cannot be read as JSON"),
         (None, ("--text", "/nowhere"), "--text /nowhere"),
         (None, ("--tokens", "100"), "--tokens 100"),
         (None, ("--engine", "[]"), "a JSON object"),
@@ -118,6 +118,27 @@ def test_bad_models_and_options_are_named(tmp_path, content, options, says, caps
     assert main(["verify", str(tmp_path), *options]) == 2
     out, err = capsys.readouterr()
     assert (out, says in err) == ("", True), err
+
+
+def test_a_hugging_face_id_is_taken_from_the_cache(tmp_path, monkeypatch, capsys):
+    """As doctor and plan take it; vLLM is given the snapshot's folder."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(make_config(**SIZES)))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(layouts, "ENGINE_ENV", {})
+    given = {}
+
+    def llm(**options):
+        given.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setitem(vars(layouts.compat), "LLM", llm)
+    assert main(["verify", "some/model", "--engine", '{"dtype": "float32"}']) == 2
+    assert (given["model"], given["dtype"]) == (str(snapshot), "float32")
+    assert f"vLLM did not load {snapshot}: enough" in capsys.readouterr().err
+    assert main(["verify", "some/other"]) == 2
+    assert "hf download some/other config.json" in capsys.readouterr().err
 
 
 def test_without_vllm_it_says_so(tmp_path):

@@ -57,11 +57,17 @@ class VLLM:
     version: str
     folder: Path
 
+    @property
+    def for_cpus(self) -> bool:
+        return "cpu" in self.version
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="check this folder, or Hugging Face id in the cache")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the heads; default: 1")
-    parser.add_argument("--capability", metavar="X.Y", help="as if a GPU of it were here, e.g. 9.0: to check an image")
+    parser.add_argument(
+        "--capability", metavar="X.Y", help="as if a GPU of it were here, e.g. 9.0: to check an image, or to look ahead"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -74,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {}
     if args.model:
         sections.append(_model(args.model, args.tp, facts))
-    request = _request(facts.get("config"), args.tp, vllm, gpus)
+    left_idle = vllm is not None and vllm.for_cpus and not args.capability
+    gpu = gpus[0] if gpus and not left_idle else None
+    request = _request(facts.get("config"), args.tp, gpu)
     providers = _providers(request, vllm)
     sections += [_libraries(vllm, request), providers[1]]
     ok = not any(row.mark == "fault" for section in sections for row in section.rows)
@@ -175,7 +183,7 @@ def _variables() -> Section:
 
 def _gpus(vllm: VLLM | None) -> tuple[list[GPU], Section]:
     section = Section("GPUs")
-    needed = vllm is not None and "cpu" not in vllm.version
+    needed = vllm is not None and not vllm.for_cpus
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus, problem = _ask_nvidia_smi()
     if visible is not None:
@@ -207,8 +215,11 @@ def _assumed(capability: str, vllm: VLLM | None) -> tuple[list[GPU], Section]:
     if not numbers:
         raise UserError(f"--capability {capability}: pass it as nvidia-smi prints it, e.g. 9.0 for an H100 or H200.")
     section = Section("GPUs")
-    idle = f"; vLLM {vllm.version} is a CPU build and would leave it idle" if vllm and "cpu" in vllm.version else ""
-    section.add("assumed", f"one of compute capability {capability}; none was asked{idle}", "note")
+    text = f"one of compute capability {capability}, none was asked: below is what would serve on it, with what is here"
+    if vllm and vllm.for_cpus:
+        text += f". vLLM {vllm.version} is a CPU build and would leave it idle: on such a machine install vLLM's build "
+        text += "for GPUs, which brings FlashMLA and DeepGEMM"
+    section.add("assumed", text, "note")
     return [GPU("assumed", None, "none", (int(numbers[1]), int(numbers[2])))], section
 
 
@@ -246,9 +257,8 @@ def _ask_nvidia_smi() -> tuple[list[GPU], str]:
     return gpus, "nvidia-smi lists none"
 
 
-def _request(config: DSAConfig | None, tp: int, vllm: VLLM | None, gpus: list[GPU]) -> Request:
-    """What a layer of this model, or of DeepSeek-V3.2, would ask for on this machine."""
-    on_gpu = bool(gpus) and (vllm is None or "cpu" not in vllm.version)
+def _request(config: DSAConfig | None, tp: int, gpu: GPU | None) -> Request:
+    """What a layer of this model, or of DeepSeek-V3.2, would ask for on this GPU (None: on the CPU)."""
     sizes: dict[str, Any] = dict(V32_SIZES)
     heads = V32_HEADS
     if config:
@@ -261,8 +271,8 @@ def _request(config: DSAConfig | None, tp: int, vllm: VLLM | None, gpus: list[GP
             top_k=config.index_topk,
         )
     return Request(
-        device_type="cuda" if on_gpu else "cpu",
-        capability=gpus[0].capability if on_gpu else None,
+        device_type="cuda" if gpu else "cpu",
+        capability=gpu.capability if gpu else None,
         latent_kind="auto",
         num_heads=max(1, heads // tp),
         block_size=VENDOR_PAGE,
@@ -296,7 +306,8 @@ def _libraries(vllm: VLLM | None, request: Request) -> Section:
 
 def _providers(request: Request, vllm: VLLM | None) -> tuple[dict[str, str], Section]:
     """Operation -> provider on this machine, and the report of it."""
-    where = f"{request.device_type}, {request.num_heads} heads a rank, index_topk {request.top_k}"
+    capability = " {}.{}".format(*request.capability) if request.capability else ""
+    where = f"{request.device_type}{capability}, {request.num_heads} heads a rank, index_topk {request.top_k}"
     section = Section(f"Providers ({where})")
     reasons = compat.vendor_refusals_by_files(vllm.folder, vllm.version) if vllm else ["vLLM is not installed"]
     listed = tuple(

@@ -23,6 +23,7 @@ from typing import Any
 
 from vllm_dsa import compat
 from vllm_dsa.config import DSAConfig
+from vllm_dsa.tools import model as models
 from vllm_dsa.tools.output import Section, UserError, show
 
 SPREAD, WORTH, GAP = 0.02, 0.3, 0.05
@@ -44,7 +45,8 @@ ENGINE_ENV = {
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(Path(args.checkpoint))
+    folder = models.find(args.checkpoint)
+    config = DSAConfig.from_hf(models.read_config(folder))
     if find_spec("vllm") is None:
         raise UserError("verify MODEL runs the model in vLLM, which is not importable here. Install vLLM beside this.")
     if args.provider:
@@ -54,24 +56,13 @@ def run(args: argparse.Namespace) -> int:
     least = max(LEAST_TOKENS, config.index_topk + ROWS)
     if not least <= tokens < config.max_position_embeddings:
         raise UserError(f"--tokens {tokens}: give {least} to {config.max_position_embeddings - 1} for this model.")
-    layers, tokens = _measured(args, text, tokens, least)
+    layers, tokens = _measured(args, folder, text, tokens, least)
     report = {"model": args.checkpoint, "text": source, "tokens": tokens, **judge(layers)}
     if args.json:
         print(json.dumps(report, indent=2))
     else:
         show(_sections(report))
     return {"right": 0, "wrong": 1}.get(report["verdict"], 2)
-
-
-def _config(folder: Path) -> DSAConfig:
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json there. MODEL is a folder that holds a checkpoint: download it first."
-        )
-    try:
-        return DSAConfig.from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON: {error}. Download it again.") from error
 
 
 def _text(path: str | None) -> tuple[str, str]:
@@ -88,13 +79,15 @@ def _text(path: str | None) -> tuple[str, str]:
         raise UserError(f"--text {path}: {error}. Name a file of UTF-8 text.") from error
 
 
-def _measured(args: argparse.Namespace, text: str, tokens: int, least: int) -> tuple[list[dict[str, Any]], int]:
+def _measured(
+    args: argparse.Namespace, folder: Path, text: str, tokens: int, least: int
+) -> tuple[list[dict[str, Any]], int]:
     """Every probed layer's report, ranks averaged, and the tokens read."""
     given = _engine_options(args.engine)
     for name, value in ENGINE_ENV.items():
         os.environ.setdefault(name, value)
     options = dict(
-        model=args.checkpoint,
+        model=str(folder),
         max_model_len=tokens + 1,
         max_num_batched_tokens=min(tokens, 2048),
         max_num_seqs=1,
@@ -104,11 +97,11 @@ def _measured(args: argparse.Namespace, text: str, tokens: int, least: int) -> t
     )
     options |= given | {"worker_extension_cls": "vllm_dsa.tools.probe.Probe"}
     with stdout_to_stderr():
-        print(f"loading {args.checkpoint} into vLLM ...", file=sys.stderr, flush=True)
+        print(f"loading {folder} into vLLM ...", file=sys.stderr, flush=True)
         try:
             llm = compat.LLM(**options)
         except (RuntimeError, ValueError, TypeError, OSError, AssertionError) as error:
-            raise UserError(f"vLLM did not load {args.checkpoint}: {error}") from error
+            raise UserError(f"vLLM did not load {folder}: {error}") from error
         try:
             ids = llm.get_tokenizer().encode(text[: CHARACTERS * tokens])[:tokens]
             if len(ids) < (wanted := args.tokens or least):

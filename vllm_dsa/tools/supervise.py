@@ -12,7 +12,10 @@ from types import FrameType
 from vllm_dsa.testing.server import group_members, stop
 from vllm_dsa.tools.output import UserError
 
-EXAMPLE = "example: vllm-dsa supervise -- vllm serve MODEL --tensor-parallel-size 8"
+EXAMPLE = """example: vllm-dsa supervise -- vllm serve MODEL --tensor-parallel-size 8
+
+exit status: the server's, or 128 + N where signal N ended it. Where it was not asked to end (by SIGTERM, SIGINT or
+SIGHUP, which are passed on) it has failed: then 1 stands for 0. 2 bad usage, or the server could not be started"""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 

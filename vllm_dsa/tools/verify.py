@@ -30,12 +30,17 @@ MODES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="MODEL", nargs="?", help="check this model's indexer; needs vLLM")
+    parser.add_argument(
+        "checkpoint",
+        metavar="MODEL",
+        nargs="?",
+        help="check the indexer of this folder, or Hugging Face id in the cache",
+    )
     parser.add_argument("--provider", choices=_checked(), help="default: all that can serve here")
     parser.add_argument("--json", action="store_true", help="print JSON")
     kernels = parser.add_argument_group("of the kernels")
     kernels.add_argument("--case", action="append", metavar="NAME", help="this case only; may be given several times")
-    model = parser.add_argument_group("of a MODEL")
+    model = parser.add_argument_group("of a MODEL, which is loaded into vLLM")
     model.add_argument("--text", metavar="FILE", help="the text to read; default: Python's language reference")
     model.add_argument("--tokens", type=int, metavar="N", help="of it; default: 4 x index_topk, at least 2048")
     model.add_argument("--engine", metavar="JSON", help="""arguments of vllm.LLM, as '{"dtype": "float32"}'""")
