@@ -264,7 +264,7 @@ def bench_attend(step: Step, heads: int, selected: torch.Tensor, vendor: Any, sw
     def run(provider: Any) -> None:
         provider.attend(query, step.latent_cache, rows, selected, scale, out)
 
-    rows = replace(step.rows, step={})
+    rows = replace(step.rows, made={})
     against = None
     for name, provider in (("vendor", vendor), ("triton", triton_attend)):
         if provider and time.monotonic() < DEADLINE:

@@ -124,7 +124,7 @@ class Decoding:
         self.kernels = kernels
 
     def attend(self, query, latent_cache, rows, *rest):
-        return self.kernels.attend(query, latent_cache, replace(rows, decodes=len(rows.lengths), step={}), *rest)
+        return self.kernels.attend(query, latent_cache, replace(rows, decodes=len(rows.lengths), made={}), *rest)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
