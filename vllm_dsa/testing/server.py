@@ -193,7 +193,8 @@ def group_members(group: int) -> list[int]:
 def initial_environment() -> dict[str, str]:
     """What this process was started with: an engine that runs in it leaves its own settings in os.environ."""
     entries = Path("/proc/self/environ").read_bytes().split(b"\0")
-    return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+    found = dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
+    return found or dict(os.environ)  # setproctitle, which pytest-xdist calls, overwrites the file
 
 
 def healthy(base_url: str) -> bool:
