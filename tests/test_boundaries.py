@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "vllm_dsa"
 
 FACTS = ("vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.checkpoint")
 BYTES = ("vllm_dsa.cache", "vllm_dsa.metadata")
-SEAM = tuple(f"vllm_dsa.{name}" for name in ("backend", "compat", "platform", "quant", "metrics"))
+WEIGHTS = ("vllm_dsa.fp8_weights", "vllm_dsa.packed_weights")
+SEAM = ("vllm_dsa.backend", "vllm_dsa.compat", "vllm_dsa.platform", "vllm_dsa.metrics", *WEIGHTS)
 LAYERS = ("vllm_dsa.indexer", "vllm_dsa.attention")
 CONTRACTS = "vllm_dsa.kernels"
 PLAIN_TOOLS = tuple(f"vllm_dsa.tools.{name}" for name in ("main", "output", "model", "memory", "fit", "plan", "doctor"))
@@ -59,7 +60,7 @@ TABLE = (
     Layer(LAYERS, ("torch", *FACTS, *BYTES, *SEAM, CONTRACTS, "vllm_dsa.kernels.dispatch", *LAYERS)),
     Layer(
         ("vllm_dsa.models", "vllm_dsa.models.*"),
-        ("torch", "vllm_dsa", *FACTS, "vllm_dsa.compat", "vllm_dsa.quant", "vllm_dsa.attention", "vllm_dsa.models*"),
+        ("torch", "vllm_dsa", *FACTS, "vllm_dsa.compat", *WEIGHTS, "vllm_dsa.attention", "vllm_dsa.models*"),
     ),
     Layer(
         ("vllm_dsa.testing", "vllm_dsa.testing.*"),

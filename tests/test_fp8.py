@@ -16,7 +16,7 @@ from oracle import Oracle
 from test_model import LIMITS, config_of, differences, prompts, within
 from test_planted import answers, questions, words
 
-from vllm_dsa import quant
+from vllm_dsa import fp8_weights
 from vllm_dsa.checkpoint import CheckpointError
 
 # No width of these is a multiple of 128: all last blocks are ragged, and some weights have a single block.
@@ -106,7 +106,7 @@ def test_dequantised_exactly(shape, dtype):
     blocks = [-(-n // 128) for n in shape]
     scale = torch.rand(blocks, generator=generator) * torch.tensor([1e-6, 1e3])[torch.arange(blocks[1]) % 2]
     weight = codes.view(torch.float8_e4m3fn)
-    ours = quant.dequantise(weight, scale, dtype, "w")
+    ours = fp8_weights.dequantise(weight, scale, dtype, "w")
     assert ours.dtype == dtype and torch.equal(ours, dequantised(weight, scale).to(dtype))
 
 
@@ -117,7 +117,7 @@ def pair(name: str) -> list[tuple[str, torch.Tensor]]:
 def test_pairs_come_in_any_order():
     expected = {"a.weight": [2.0, 3.0], "b.weight": [2.0, 3.0], "norm": [7.0, 7.0]}
     for order in itertools.permutations([*pair("a.weight"), *pair("b.weight"), ("norm", torch.full((130, 4), 7.0))]):
-        found = dict(quant.dequantised(order, torch.float32))
+        found = dict(fp8_weights.with_plain_fp8(order, torch.float32))
         assert {name: [t[0, 0].item(), t[129, 3].item()] for name, t in found.items()} == expected
 
 
@@ -125,10 +125,10 @@ def test_damaged_pairs_are_refused_by_name():
     (weight, scale), (other_weight, other_scale) = pair("a.weight"), pair("b.weight")
     for alone, missing in ((weight, "a.weight_scale_inv"), (scale, "a.weight")):
         with pytest.raises(CheckpointError, match=rf"{alone[0]}' has no FP8 partner '{missing}'.*Download"):
-            list(quant.dequantised([other_scale, alone, other_weight], torch.float32))
+            list(fp8_weights.with_plain_fp8([other_scale, alone, other_weight], torch.float32))
     wrong = ("a.weight_scale_inv", torch.ones(1, 1))
     with pytest.raises(CheckpointError, match=r"a.weight_scale_inv: shape \(1, 1\) .*\(130, 4\).*\(2, 1\) blocks"):
-        list(quant.dequantised([weight, wrong], torch.float32))
+        list(fp8_weights.with_plain_fp8([weight, wrong], torch.float32))
 
 
 @pytest.mark.parametrize("block", [[64, 64], [128, 64], [1, 128]])
@@ -145,21 +145,21 @@ def test_other_block_sizes_are_refused(ragged, block):
 
 
 def columns_swapped(weight, scale, dtype, name):
-    return quant_dequantise(weight, scale.flip(1), dtype, name)
+    return right(weight, scale.flip(1), dtype, name)
 
 
 def last_block_unscaled(weight, scale, dtype, name):
-    out = quant_dequantise(weight, scale, dtype, name)
+    out = right(weight, scale, dtype, name)
     start = (len(weight) - 1) // 128 * 128
     out[start:] = weight[start:].to(dtype)
     return out
 
 
 def powers_of_two(weight, scale, dtype, name):
-    return quant_dequantise(weight, torch.exp2(torch.log2(scale).round()), dtype, name)
+    return right(weight, torch.exp2(torch.log2(scale).round()), dtype, name)
 
 
-quant_dequantise = quant.dequantise
+right = fp8_weights.dequantise
 FAULTS = (columns_swapped, last_block_unscaled, powers_of_two)
 
 
@@ -172,7 +172,7 @@ def test_parameters_are_those_of_the_dequantised_checkpoint(ragged, plain, dtype
         assert found.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
         for fault in FAULTS if dtype == "float32" else ():
-            monkeypatch.setattr(quant, "dequantise", fault)
+            monkeypatch.setattr(fp8_weights, "dequantise", fault)
             load(model, config)
             assert not all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), fault.__name__
 
@@ -229,7 +229,7 @@ def test_logprobs_equal_transformers_on_the_dequantised_checkpoint(ragged, plain
         print(f"FP8: p50 {difference.median():.1e} p90 {difference.quantile(0.9):.1e}")
         assert within(difference, LIMITS["auto"]), (difference.median(), difference.quantile(0.9))
         assert within((torch.cat(running.prompt_logprobs(asked)) - dequantised_before).abs(), LIMITS["auto"])
-    monkeypatch.setattr(quant, "dequantise", last_block_unscaled)
+    monkeypatch.setattr(fp8_weights, "dequantise", last_block_unscaled)
     with engine(ragged) as running:
         assert not within(differences(running, oracle, asked), LIMITS["auto"])
 
@@ -237,7 +237,7 @@ def test_logprobs_equal_transformers_on_the_dequantised_checkpoint(ragged, plain
 def test_planted_checkpoint_answers_right_in_fp8(planted):
     asked = questions((300, 1500))
     with engine(planted, max_num_batched_tokens=512, kv_cache_dtype="fp8_ds_mla") as running:
-        assert isinstance(running.model.quant_config, quant.DequantisedFp8Config)
+        assert isinstance(running.model.quant_config, fp8_weights.DequantisedFp8Config)
         assert [words(tokens) for tokens in answers(running, asked)] == [answer for _, answer in asked]
 
 
@@ -295,11 +295,11 @@ def test_loading_needs_little_more_memory_than_in_bfloat16(tmp_path, monkeypatch
     del tensors, plain
     peaks = {}
     for name, dequantise in (
-        ("plain", quant.dequantise),
-        ("fp8", quant.dequantise),
+        ("plain", fp8_weights.dequantise),
+        ("fp8", fp8_weights.dequantise),
         ("wasteful", through_float32),
     ):
-        monkeypatch.setattr(quant, "dequantise", dequantise)
+        monkeypatch.setattr(fp8_weights, "dequantise", dequantise)
         folder = tmp_path / ("plain" if name == "plain" else "fp8")
         with unloaded(folder, dtype="bfloat16", skip_tokenizer_init=True) as (model, vllm_config), Peak() as peak:
             load(model, vllm_config)

@@ -90,7 +90,7 @@ def test_the_names_of_functions_and_of_gpu_libraries_are_found():
         ("platform", "compat.current_platform.is_cpu(1)", "passes 1 positional arguments"),
         ("backend", "AttentionCGSupport.GONE", "AttentionCGSupport.GONE: missing"),
         (
-            "quant",
+            "fp8_weights",
             "class C(compat.QuantizationConfig):\n    def get_quant_method(self, layer): ...",
             "get_quant_method: ours does not take prefix",
         ),

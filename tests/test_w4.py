@@ -26,9 +26,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_qua
 from vllm.scalar_type import scalar_types
 from write_4bit import FORMATS, MIXED, quantise, write
 
-from vllm_dsa import checkpoint, quant
-from vllm_dsa.checkpoint import CheckpointError, Expected
+from vllm_dsa import checkpoint, packed_weights
+from vllm_dsa.checkpoint import ONLY_READ, CheckpointError, Expected
 from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.packed_weights import plain_weight, with_plain_packed
 from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
 from vllm_dsa.tools import memory
 from vllm_dsa.tools.main import main
@@ -111,7 +112,7 @@ def unpacked(packed: torch.Tensor, dim: int) -> torch.Tensor:
 def test_weights_are_what_the_format_says(form):
     """Ours, the writer's, every value by the book, and the libraries'."""
     parts, meant = sample(form)
-    ours = quant.unpack("m", parts, (48, 128))
+    ours = plain_weight("m", parts, (48, 128))
     assert torch.equal(ours, meant) and len(ours.unique()) > 100
     book = torch.tensor([[by_the_book(form, parts, i, j) for j in range(128)] for i in range(48)])
     assert torch.allclose(ours, book, rtol=1e-6, atol=0)
@@ -124,19 +125,19 @@ def test_weights_are_what_the_format_says(form):
 @pytest.mark.parametrize("shape, group", [((8, 32), 32), ((64, 512), 512), ((40, 256), 128), ((16, 64), 16)])
 def test_shapes_and_groups(form, shape, group):
     parts, meant = sample(form, *shape, group)
-    assert torch.equal(quant.unpack("m", parts, shape), meant)
+    assert torch.equal(plain_weight("m", parts, shape), meant)
 
 
 def halves_swapped(packed):
-    return quant_e2m1(packed >> 4 | packed << 4)
+    return e2m1(packed >> 4 | packed << 4)
 
 
-quant_e2m1, quant_integers, quant_grouped = quant._e2m1, quant._integers, quant._grouped
+e2m1, integers, grouped = packed_weights._e2m1, packed_weights._integers, packed_weights._grouped
 FAULTS = {
     "awq": ("AWQ_COLUMN", tuple(range(8))),
-    "gptq": ("_integers", lambda packed, bits: quant_integers(packed, bits).flip(1)),
-    "w4a16": ("_grouped", lambda values, scales, zeros=None: quant_grouped(values + 1, scales, zeros)),
-    "w4a16-zeros": ("_grouped", lambda values, scales, zeros=None: quant_grouped(values, scales, zeros - 1)),
+    "gptq": ("_integers", lambda packed, bits: integers(packed, bits).flip(1)),
+    "w4a16": ("_grouped", lambda values, scales, zeros=None: grouped(values + 1, scales, zeros)),
+    "w4a16-zeros": ("_grouped", lambda values, scales, zeros=None: grouped(values, scales, zeros - 1)),
     "nvfp4": ("_e2m1", halves_swapped),
     "nvfp4a16": ("E2M1", (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)),
 }
@@ -145,8 +146,8 @@ FAULTS = {
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_wrong_reading_shows(form, monkeypatch):
     parts, meant = sample(form)
-    monkeypatch.setattr(quant, *FAULTS[form])
-    assert not torch.equal(quant.unpack("m", parts, (48, 128)), meant)
+    monkeypatch.setattr(packed_weights, *FAULTS[form])
+    assert not torch.equal(plain_weight("m", parts, (48, 128)), meant)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -161,10 +162,10 @@ def test_integers_of_8_bits(symmetric):
         given["weight_zero_point"] = torch.arange(-16, 16, dtype=torch.int8).view(16, 2)
     parts = compressor.compress(given, scheme)
     expected = compressor.decompress(parts, scheme)["weight"]
-    assert torch.allclose(quant.unpack("m", parts, (16, 64)), expected, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(plain_weight("m", parts, (16, 64)), expected, rtol=1e-6, atol=1e-7)
     if symmetric:
         gptq = {"qweight": parts["weight_packed"].T.contiguous(), "scales": scale.T.contiguous()}
-        assert torch.allclose(quant.unpack("m", gptq, (16, 64)), expected, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(plain_weight("m", gptq, (16, 64)), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (300,), (300, 1), (3, 2)])
@@ -173,7 +174,7 @@ def test_fp8_beside_4_bits(shape):
     scale = torch.rand(shape)
     weight = torch.randn(300, 256).to(torch.float8_e4m3fn)
     wide = scale.view(-1, 1) if scale.numel() != 6 else scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)
-    found = quant.unpack("m", {"weight": weight, "weight_scale": scale, "input_scale": torch.ones(1)}, (300, 256))
+    found = plain_weight("m", {"weight": weight, "weight_scale": scale, "input_scale": torch.ones(1)}, (300, 256))
     assert torch.equal(found, weight.float() * wide)
 
 
@@ -185,9 +186,9 @@ def test_damaged_weights_are_refused_by_name():
                 continue  # symmetric: always 8
             rest = {n: t for n, t in parts.items() if n != name}
             with pytest.raises(CheckpointError, match=r"^a\.kv_b_proj: its tensors .*shape \(48, 128\).*ignore list"):
-                quant.unpack("a.kv_b_proj", rest, (48, 128))
+                plain_weight("a.kv_b_proj", rest, (48, 128))
         with pytest.raises(CheckpointError, match=r"a\.kv_b_proj: .*no weight of shape \(48, 256\)"):
-            quant.unpack("a.kv_b_proj", parts, (48, 256))
+            plain_weight("a.kv_b_proj", parts, (48, 256))
 
 
 # The stream of tensors
@@ -205,38 +206,39 @@ def test_what_is_only_read_comes_plain_in_any_order(folders, form):
     folder = folders[form]
     stored, plain, expected = read(folder), read(folder.parent / "plain"), Expected.from_hf(config_of(folder))
     order = sorted(stored, key=lambda name: name[::-1])
-    passed = dict(quant.unpacked([(name, stored[name]) for name in order], torch.bfloat16, expected))
-    only_read = {name for name in plain if quant.ONLY_READ.search(name) and "eh_proj" not in name}
+    passed = dict(with_plain_packed([(name, stored[name]) for name in order], torch.bfloat16, expected))
+    only_read = {name for name in plain if ONLY_READ.search(name) and "eh_proj" not in name}
     assert len(only_read) == 3 * 3
     for name, tensor in passed.items():
         assert torch.equal(tensor, plain[name]) if name in only_read else tensor is stored[name], name
     left = set(stored) - set(passed)
-    assert left == {n for n in stored if (quant.ONLY_READ.search(n) and n not in passed) or n.endswith("g_idx")}
+    assert left == {n for n in stored if (ONLY_READ.search(n) and n not in passed) or n.endswith("g_idx")}
 
 
 def test_an_mtp_layer_and_modules_left_out(tmp_path):
-    """eh_proj, too, may be packed; what is plain passes as it is."""
+    """eh_proj, too, may be packed; what is plain passes as it is, and what the config knows nothing of."""
     folder = write(tmp_path, "awq", left_out=["kv_b_proj", "indexer"], **SMALL)
     stored, plain, expected = read(folder), read(folder.parent / "plain"), Expected.from_hf(config_of(folder))
     eh_proj = "model.layers.2.eh_proj"
     parts, meant = quantise(stored.pop(f"{eh_proj}.weight").float(), "awq", 32, 1)
     stored |= {f"{eh_proj}.{name}": tensor for name, tensor in parts.items()}
-    passed = dict(quant.unpacked(stored.items(), torch.bfloat16, expected))
-    assert torch.equal(passed[f"{eh_proj}.weight"], meant.bfloat16())
+    stored[unknown := "model.layers.9.self_attn.kv_b_proj.qweight"] = parts["qweight"]
+    passed = dict(with_plain_packed(stored.items(), torch.bfloat16, expected))
+    assert torch.equal(passed[f"{eh_proj}.weight"], meant.bfloat16()) and passed[unknown] is stored[unknown]
     for name in (n for n in plain if "kv_b_proj" in n or ".indexer." in n):
         assert torch.equal(passed[name], plain[name])
 
 
 def test_scales_of_a_cache_are_left_out():
     names = [f"model.layers.0.self_attn.{name}" for name in ("k_proj.k_scale", "kv_b_proj.v_scale", "attn.kv_scale")]
-    assert not list(quant.unpacked([(name, torch.ones(1)) for name in names], torch.bfloat16, None))
+    assert not list(with_plain_packed([(name, torch.ones(1)) for name in names], torch.bfloat16, None))
 
 
 def test_inputs_in_another_order_are_refused(folders):
     stored, name = read(folders["gptq"]), "model.layers.0.self_attn.q_b_proj.g_idx"
     stored[name] = stored[name].flip(0)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} .*activation order.*desc_act false"):
-        dict(quant.unpacked(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders["gptq"]))))
+        dict(with_plain_packed(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders["gptq"]))))
 
 
 @pytest.mark.parametrize("form, scale", [("nvfp4", "weight_scale_2"), ("nvfp4a16", "weight_global_scale")])
@@ -245,7 +247,7 @@ def test_global_scales_that_vllm_would_mix_up_are_refused(folders, form, scale, 
     stored, name = read(folders[form]), f"model.layers.0.{module}.{scale}"
     stored[name] = stored[name] * 1.5
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}.*one of these global scales"):
-        dict(quant.unpacked(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders[form]))))
+        dict(with_plain_packed(stored.items(), torch.bfloat16, Expected.from_hf(config_of(folders[form]))))
 
 
 # The files
@@ -332,11 +334,11 @@ def test_patterns_of_modelopt_hold_for_fused_modules():
         (["model.layers.3.mlp.gate", "lm_head"], set()),
     ):
         config = modelopt(list(ignore))
-        quant.exclude_fused(config, FUSED, [attention, mlp])
+        packed_weights.exclude_fused(config, FUSED, [attention, mlp])
         assert {module for module in (attention, mlp) if config.is_layer_excluded(module)} == left_out, ignore
     assert not modelopt(["*q_a_proj*", "*kv_a_proj_with_mqa*"]).is_layer_excluded(attention), "vLLM knows by itself now"
     with pytest.raises(ConfigError, match=r"leaves out model\.layers\.3\.self_attn\.q_a_proj, and not all of q_a_proj"):
-        quant.exclude_fused(modelopt(["*q_a_proj*"]), FUSED, [attention])
+        packed_weights.exclude_fused(modelopt(["*q_a_proj*"]), FUSED, [attention])
 
 
 @pytest.mark.parametrize("form, left_out", [("awq", []), ("w4a16-zeros", []), ("gptq", ["kv_b_proj", "indexer"])])
@@ -354,12 +356,12 @@ def test_every_tensor_is_where_it_belongs(form, left_out, tmp_path):
         fused = next((f for f in FUSED if f".{f}." in name), None)
         names = [name.replace(fused, part) for part in FUSED[fused]] if fused else [name]
         placed |= set(names)
-        only_read = quant.ONLY_READ.search(name) is not None
+        only_read = ONLY_READ.search(name) is not None
         parts = [(plain if only_read else stored)[n] for n in names]
         dim = next(d for d in (0, 1) if parts[0].dim() == 1 or {p.shape[1 - d] for p in parts} == {tensor.shape[1 - d]})
         assert torch.equal(tensor, torch.cat(parts, dim).to(tensor.dtype)), name
     parts = re.compile(r"model\.layers\.[01]\..*\.(qweight|scales|weight_packed|weight_scale|weight_zero_point)")
-    packed = {name for name in stored if parts.fullmatch(name) and not quant.ONLY_READ.search(name)}
+    packed = {name for name in stored if parts.fullmatch(name) and not ONLY_READ.search(name)}
     assert packed and packed <= placed
     # What `vllm-dsa plan` counts is what was loaded; files also have shapes, and k_norm in bfloat16.
     counted = memory.weights(folder, config_of(folder), DSAConfig.from_hf(config_of(folder)))
@@ -403,7 +405,7 @@ def test_logprobs_are_those_of_the_dequantised_checkpoint(form, tmp_path, sixtee
         assert kernels(running.model) >= {"CPUWNA16LinearKernel"}
         assert compared(running) and expected.std() > BFLOAT16_LOGPROBS[1]
     if form in ("awq", "w4a16"):  # of the weights that are only read
-        monkeypatch.setattr(quant, *FAULTS[form])
+        monkeypatch.setattr(packed_weights, *FAULTS[form])
         with engine(folder, dtype="bfloat16") as running:
             assert not compared(running)
 

@@ -50,10 +50,10 @@ def register() -> None:
     member = compat.AttentionBackendEnum.__members__.get(BACKEND_NAME, BACKEND_NAME)
     compat.register_backend(member, BACKEND)
 
-    from vllm_dsa import platform, quant
+    from vllm_dsa import fp8_weights, platform
 
     platform.install()
-    quant.register()
+    fp8_weights.register()
     logger.info_once("vllm-dsa %s serves %s.", __version__, ", ".join(MODELS))
 
 

@@ -33,7 +33,7 @@ from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.indexer import Indexer
 from vllm_dsa.kernels import Norms, Rope, dispatch
 from vllm_dsa.metadata import Rows, between, cut, dense_parts, shared_chunks, without
-from vllm_dsa.quant import read_only
+from vllm_dsa.packed_weights import none_if_packed
 
 logger = init_logger("vllm.vllm_dsa.attention")
 WARM_ROWS = 320  # enough for the kernels of many rows
@@ -85,7 +85,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             config.kv_lora_rank,
             config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim),
             bias=False,
-            quant_config=read_only(quant_config),
+            quant_config=none_if_packed(quant_config),
             prefix=f"{prefix}.kv_b_proj",
         )
         # Its weight is read after loading and never multiplied as it is: vLLM's CPU path must not repack it.

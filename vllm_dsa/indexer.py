@@ -10,7 +10,7 @@ from vllm_dsa import cache
 from vllm_dsa.backend import IndexCacheBackend
 from vllm_dsa.compat import AttentionLayerBase, MLAAttentionSpec, ReplicatedLinear, dequantised_weight, register_layer
 from vllm_dsa.config import DSAConfig
-from vllm_dsa.quant import read_only
+from vllm_dsa.packed_weights import none_if_packed
 
 
 class IndexCache(nn.Module, AttentionLayerBase):
@@ -63,7 +63,11 @@ class Indexer(nn.Module):
             prefix=f"{prefix}.wq_b",
         )
         self.wk = ReplicatedLinear(
-            config.hidden_size, self.head_dim, bias=False, quant_config=read_only(quant_config), prefix=f"{prefix}.wk"
+            config.hidden_size,
+            self.head_dim,
+            bias=False,
+            quant_config=none_if_packed(quant_config),
+            prefix=f"{prefix}.wk",
         )
         # Unquantised in every checkpoint that its publisher has made.
         self.weights_proj = ReplicatedLinear(

@@ -36,8 +36,9 @@ from vllm_dsa.compat import (
     vllm_version,
 )
 from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.fp8_weights import DequantisedFp8Config, with_plain_fp8
 from vllm_dsa.models.ranks import require_agreement
-from vllm_dsa.quant import DequantisedFp8Config, dequantised, exclude_fused, unpacked
+from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
 
 # (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
 STACKED = (
@@ -249,9 +250,9 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         if self.expected is not None:
             weights = checked(weights, self.expected, self.required)
         if isinstance(self.quant_config, DequantisedFp8Config):
-            weights = dequantised(weights, self.dtype)
+            weights = with_plain_fp8(weights, self.dtype)
         elif self.expected is not None and self.expected.packed:
-            weights = unpacked(weights, self.dtype, self.expected)
+            weights = with_plain_packed(weights, self.dtype, self.expected)
         params = dict(self.named_parameters())
         experts = self.get_expert_mapping()
         loaded: set[str] = set()

@@ -1,14 +1,9 @@
-"""Quantised weights that vLLM is not to multiply as they are: dequantised while loading.
+"""Packed weights that are only read, in checkpoints of 4 bits: made plain while loading.
 
-FP8 on a CPU. DeepSeek publishes weights as e4m3 with one float32 scale for each 128x128 block (``weight`` and
-``weight_scale_inv``). vLLM multiplies them as they are on GPUs; on a CPU the layers are built unquantised and fed
-dequantised weights.
-
-Weights that are only read, in checkpoints of 4 bits. W_UK and W_UV come from kv_b_proj, one joined weight from the
-indexer's wk and weights_proj. vLLM could show such a weight only as what its kernel gives for an identity matrix, and
-kernels round: activations to 8 or 4 bits, or products of scales and zero points. So these layers are built unquantised,
-and their weights are dequantised from the checkpoint's own tensors, exactly as the formats define them. All other
-layers are vLLM's.
+W_UK and W_UV come from kv_b_proj, one joined weight from the indexer's wk and weights_proj. vLLM could show such a
+weight only as what its kernel gives for an identity matrix, and kernels round: activations to 8 or 4 bits, or products
+of scales and zero points. So these layers are built unquantised, and their weights are dequantised from the
+checkpoint's own tensors, exactly as the formats define them. All other layers are vLLM's.
 """
 
 import re
@@ -17,130 +12,30 @@ from typing import Any
 
 import torch
 
-from vllm_dsa import compat
-from vllm_dsa.checkpoint import ONLY_READ, SCALE_SUFFIX, CheckpointError, Expected, refuse_unpaired
-from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
+from vllm_dsa.checkpoint import ONLY_READ, CheckpointError, Expected
+from vllm_dsa.config import ConfigError
+from vllm_dsa.fp8_weights import dequantise
 
 Tensors = Mapping[str, torch.Tensor]
-METHOD = "dsa_fp8_dequantised"
-DRAFT = "DeepseekV32MTPModel"
-BLOCK = 128
-
-
-class DequantisedFp8Config(compat.QuantizationConfig):
-    """Stands in for vLLM's fp8 method on a CPU: every layer is unquantised, the weights come from ``dequantised``."""
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Take block-scaled FP8 checkpoints of DSA models on a CPU, and nothing else."""
-        ours = (
-            compat.current_platform.is_cpu()
-            and (
-                getattr(hf_config, "model_type", None) in INDEX_ROPE_INTERLEAVED
-                or DRAFT in (getattr(hf_config, "architectures", None) or ())  # vLLM gives it another model type
-            )
-            and hf_quant_cfg.get("quant_method") == "fp8"
-            and hf_quant_cfg.get("weight_block_size") is not None
-            and user_quant in (None, "fp8", METHOD)
-        )
-        return METHOD if ours else None
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "DequantisedFp8Config":
-        if config["weight_block_size"] != [BLOCK, BLOCK]:
-            raise ConfigError(
-                f"quantization_config.weight_block_size: {config['weight_block_size']} is refused: FP8 weights of DSA "
-                f"models are scaled in blocks of [{BLOCK}, {BLOCK}]. Restore the published config.json."
-            )
-        return cls()
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    def get_name(self) -> str:
-        return METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.bfloat16]
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, compat.LinearBase):
-            return compat.UnquantizedLinearMethod()
-        if isinstance(layer, compat.RoutedExperts):
-            return compat.UnquantizedFusedMoEMethod(layer.moe_config)
-        return None
-
-
-def register() -> None:
-    """Make the method known to vLLM. Idempotent."""
-    if METHOD not in compat.QUANTIZATION_METHODS:
-        compat.register_quantization_config(METHOD)(DequantisedFp8Config)
-
-
-def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """e4m3 [out, in] times float32 scales [ceil(out / 128), ceil(in / 128)], in ``dtype``; last blocks may be ragged.
-
-    Works one row of blocks at a time in one buffer, so that no float32 copy of the whole weight exists.
-    """
-    rows, columns = weight.shape
-    blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-    if tuple(scale.shape) != blocks:
-        raise CheckpointError(
-            f"{name}{SCALE_SUFFIX}: shape {tuple(scale.shape)} does not fit weight {tuple(weight.shape)}, which has "
-            f"{blocks} blocks of {BLOCK}x{BLOCK}. The checkpoint is damaged: download it again."
-        )
-    out = torch.empty(rows, columns, dtype=dtype)
-    wide = scale.float().repeat_interleave(BLOCK, dim=1)[:, :columns]  # [row blocks, in]
-    buffer = torch.empty(BLOCK, columns, dtype=torch.float32)
-    for i, start in enumerate(range(0, rows, BLOCK)):
-        band = buffer[: rows - start].copy_(weight[start : start + BLOCK]).mul_(wide[i])
-        out[start : start + BLOCK] = band
-    return out
-
-
-def dequantised(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tensors on under their names, each e4m3 weight dequantised once its scale has come, in whatever order.
-
-    Raises CheckpointError for a weight or scale that stays alone.
-    """
-    waiting: dict[str, torch.Tensor] = {}
-    for name, tensor in weights:
-        is_scale = name.endswith(SCALE_SUFFIX)
-        if not is_scale and tensor.dtype != torch.float8_e4m3fn:
-            yield name, tensor
-            continue
-        partner = name.removesuffix(SCALE_SUFFIX) if is_scale else name + SCALE_SUFFIX
-        if partner not in waiting:
-            waiting[name] = tensor
-            continue
-        other = waiting.pop(partner)
-        weight, scale = (other, tensor) if is_scale else (tensor, other)
-        base = partner if is_scale else name
-        yield base, dequantise(weight, scale, dtype, base)
-    refuse_unpaired(waiting)
-
-
 # Scales of an FP8 cache: fp8_ds_mla has scales of its own.
 CACHE_SCALE = re.compile(r"\.([kqv]|kv|k_cache|v_cache)_(scale|zero_point)$")
+# Global scales of weights that vLLM multiplies as one, and as which one.
 GLOBAL_SCALE = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa|gate_proj|up_proj)\.(?:weight_scale_2|weight_global_scale)$")
-SHARED_SCALE = {"q_a_proj": ".a", "kv_a_proj_with_mqa": ".a", "gate_proj": ".gate_up", "up_proj": ".gate_up"}
-# Of vLLM, as its configs name themselves.
-PACKED_METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors")
-PACKED_METHODS += ("modelopt", "modelopt_fp4", "modelopt_mixed")
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FUSED = {
+    "q_a_proj": "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+# vLLM's methods of packed weights, as its configs name themselves.
+METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same with a minus
 AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the output columns 0 to 7 lie, in units of 4 bits
 
 
-def read_only(quant_config: Any) -> Any:
-    """Quantisation of a layer whose weight is only read: none where ``unpacked`` brings it plain."""
-    packed = quant_config is not None and quant_config.get_name() in PACKED_METHODS
+def none_if_packed(quant_config: Any) -> Any:
+    """Quantisation of a layer whose weight is only read: none where ``with_plain_packed`` brings it plain."""
+    packed = quant_config is not None and quant_config.get_name() in METHODS
     return None if packed else quant_config
 
 
@@ -162,7 +57,7 @@ def exclude_fused(quant_config: Any, fused: Mapping[str, list[str]], modules: It
             )
 
 
-def unpacked(
+def with_plain_packed(
     weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, expected: Expected
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass tensors on; those of ONLY_READ modules that are packed at the end, as one ``weight`` in ``dtype`` a module:
@@ -178,18 +73,17 @@ def unpacked(
         if name.endswith("g_idx"):
             _refuse_reordered(name, tensor)
             continue
-        if pair := GLOBAL_SCALE.search(name):
-            _refuse_unequal(name[: pair.start()] + SHARED_SCALE[pair[1]], name, tensor.item(), global_scales)
-        found = ONLY_READ.search(name)
-        part = name[found.end() :] if found else ""
-        if found and (part != "weight" or tensor.dtype in (torch.uint8, torch.float8_e4m3fn)):
-            waiting.setdefault(name[: found.end() - 1], {})[part] = tensor
+        if found := GLOBAL_SCALE.search(name):
+            _refuse_unequal(name[: found.start(1)] + FUSED[found[1]], name, tensor.item(), global_scales)
+        module, _, part = name.rpartition(".")
+        packed = part != "weight" or tensor.dtype in (torch.uint8, torch.float8_e4m3fn)
+        if packed and ONLY_READ.search(name) and expected.shape(f"{module}.weight"):
+            waiting.setdefault(module, {})[part] = tensor
         else:
             yield name, tensor
     for module in sorted(waiting):
-        shape = expected.shape(f"{module}.weight")
-        if shape is not None:
-            yield f"{module}.weight", unpack(module, waiting.pop(module), shape).to(dtype)
+        weight = plain_weight(module, waiting.pop(module), expected.shape(f"{module}.weight"))
+        yield f"{module}.weight", weight.to(dtype)
 
 
 def _refuse_reordered(name: str, order: torch.Tensor) -> None:
@@ -215,17 +109,16 @@ def _refuse_unequal(fused: str, name: str, scale: float, seen: dict[str, tuple[s
         )
 
 
-def unpack(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+def plain_weight(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
     """Weight of ``shape`` [out, in], float32, of a module that is stored as ``parts``: AWQ, GPTQ, compressed-tensors'
     integers of 4 or 8 bits or NVFP4, ModelOpt's NVFP4, or FP8. Raises CheckpointError."""
+    cause: Exception | None = None
     try:
-        weight = _unpack(module, parts, shape)
-    except (KeyError, RuntimeError, ZeroDivisionError) as error:
-        cause: Exception | None = error
-    else:
-        cause = None
+        weight = _decoded(module, parts, shape)
         if weight.shape == shape:
             return weight
+    except (KeyError, RuntimeError, ZeroDivisionError) as error:
+        cause = error
     stored = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in parts.items())
     raise CheckpointError(
         f"{module}: its tensors ({stored}) are no weight of shape {tuple(shape)} in a format that is known here: AWQ, "
@@ -235,7 +128,7 @@ def unpack(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
     ) from cause
 
 
-def _unpack(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+def _decoded(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
     if "qweight" in parts:
         packed, scales = parts["qweight"], parts["scales"].float().T  # [out, groups]
         if len(scales) == packed.shape[1]:  # GPTQ, packed along the inputs; vLLM takes it symmetric only
