@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return talk(args, notes)
     except openai.OpenAIError as error:
         without_parser = notes is not None and "--tool-call-parser" in str(error)
-        print(f"chat.py: {args.url}: {NO_PARSER if without_parser else error}", file=sys.stderr)
+        step = (
+            ". Set OPENAI_API_KEY, or VLLM_API_KEY, to its key" if isinstance(error, openai.AuthenticationError) else ""
+        )
+        print(f"chat.py: {args.url}: {NO_PARSER if without_parser else error}{step}", file=sys.stderr)
         return 1
 
 
