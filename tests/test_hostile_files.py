@@ -187,7 +187,11 @@ def test_refused_while_loading(good, case):
 
 
 def test_weights_of_more_layers_or_experts_are_refused(good):
-    for extra in ("model.layers.9.self_attn.indexer.wk.weight", "model.layers.1.mlp.experts.8.up_proj.weight"):
+    for extra in (
+        "model.layers.9.self_attn.indexer.wk.weight",
+        "model.layers.9.self_attn.q_a_proj.weight",
+        "model.layers.1.mlp.experts.8.up_proj.weight",
+    ):
         with unloaded(good) as (model, _), pytest.raises(CheckpointError, match=rf"{extra}' belongs to no parameter"):
             model.load_weights(iter([(extra, torch.ones(128, 128))]))
 

@@ -334,11 +334,11 @@ def test_patterns_of_modelopt_hold_for_fused_modules():
         (["model.layers.3.mlp.gate", "lm_head"], set()),
     ):
         config = modelopt(list(ignore))
-        packed_weights.exclude_fused(config, FUSED, [attention, mlp])
+        packed_weights.exclude_fused(config, [attention, mlp])
         assert {module for module in (attention, mlp) if config.is_layer_excluded(module)} == left_out, ignore
     assert not modelopt(["*q_a_proj*", "*kv_a_proj_with_mqa*"]).is_layer_excluded(attention), "vLLM knows by itself now"
     with pytest.raises(ConfigError, match=r"leaves out model\.layers\.3\.self_attn\.q_a_proj, and not all of q_a_proj"):
-        packed_weights.exclude_fused(modelopt(["*q_a_proj*"]), FUSED, [attention])
+        packed_weights.exclude_fused(modelopt(["*q_a_proj*"]), [attention])
 
 
 @pytest.mark.parametrize("form, left_out", [("awq", []), ("w4a16-zeros", []), ("gptq", ["kv_b_proj", "indexer"])])

@@ -18,6 +18,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 INDEXER = ".self_attn.indexer."
 MTP_COPIES = (".embed_tokens.", ".shared_head.head.")  # in an MTP layer: of the model's own embedding and head
+# Modules here -> the checkpoint's that each of them holds, in order: vLLM multiplies these as one weight.
+FUSED = {"fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"], "gate_up_proj": ["gate_proj", "up_proj"]}
 AGAIN = "Download the checkpoint again."
 Shape = tuple[int, ...]
 _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")

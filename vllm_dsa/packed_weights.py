@@ -12,21 +12,14 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.checkpoint import ONLY_READ, CheckpointError, Expected
+from vllm_dsa.checkpoint import FUSED, ONLY_READ, CheckpointError, Expected
 from vllm_dsa.config import ConfigError
 from vllm_dsa.fp8_weights import dequantise
 
 Tensors = Mapping[str, torch.Tensor]
 # Scales of an FP8 cache: fp8_ds_mla has scales of its own.
 CACHE_SCALE = re.compile(r"\.([kqv]|kv|k_cache|v_cache)_(scale|zero_point)$")
-# Global scales of weights that vLLM multiplies as one, and as which one.
-GLOBAL_SCALE = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa|gate_proj|up_proj)\.(?:weight_scale_2|weight_global_scale)$")
-FUSED = {
-    "q_a_proj": "fused_qkv_a_proj",
-    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")  # one for a whole weight
 # vLLM's methods of packed weights, as its configs name themselves.
 METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same with a minus
@@ -39,19 +32,19 @@ def none_if_packed(quant_config: Any) -> Any:
     return None if packed else quant_config
 
 
-def exclude_fused(quant_config: Any, fused: Mapping[str, list[str]], modules: Iterable[str]) -> None:
+def exclude_fused(quant_config: Any, modules: Iterable[str]) -> None:
     """Have ModelOpt's patterns of modules that are left out hold for vLLM's fused ``modules`` too, whose names they do
     not match. Raises ConfigError where they match one part of a fused module and not the other."""
     if not hasattr(quant_config, "is_layer_excluded"):
         return
     for module in modules:
         stem, _, name = module.rpartition(".")
-        left_out = [part for part in fused[name] if quant_config.is_layer_excluded(f"{stem}.{part}")]
-        if len(left_out) == len(fused[name]):
+        left_out = [part for part in FUSED[name] if quant_config.is_layer_excluded(f"{stem}.{part}")]
+        if len(left_out) == len(FUSED[name]):
             quant_config.exclude_modules.append(module)
         elif left_out:
             raise ConfigError(
-                f"quantization_config leaves out {stem}.{left_out[0]}, and not all of {', '.join(fused[name])} there: "
+                f"quantization_config leaves out {stem}.{left_out[0]}, and not all of {', '.join(FUSED[name])} there: "
                 f"vLLM multiplies them as one weight, in one format. Quantise the model again with all or none of them "
                 f"left out."
             )
@@ -73,9 +66,9 @@ def with_plain_packed(
         if name.endswith("g_idx"):
             _refuse_reordered(name, tensor)
             continue
-        if found := GLOBAL_SCALE.search(name):
-            _refuse_unequal(name[: found.start(1)] + FUSED[found[1]], name, tensor.item(), global_scales)
         module, _, part = name.rpartition(".")
+        if part in GLOBAL_SCALES:
+            _refuse_unequal(module, name, tensor, global_scales)
         packed = part != "weight" or tensor.dtype in (torch.uint8, torch.float8_e4m3fn)
         if packed and ONLY_READ.search(name) and expected.shape(f"{module}.weight"):
             waiting.setdefault(module, {})[part] = tensor
@@ -98,9 +91,17 @@ def _refuse_reordered(name: str, order: torch.Tensor) -> None:
         )
 
 
-def _refuse_unequal(fused: str, name: str, scale: float, seen: dict[str, tuple[str, float]]) -> None:
-    """Of two weights that vLLM multiplies as one, it takes one global scale for both."""
-    other, first = seen.setdefault(fused, (name, scale))
+def _refuse_unequal(module: str, name: str, tensor: torch.Tensor, seen: dict[str, tuple[str, float]]) -> None:
+    """Of two weights that vLLM multiplies as one, it takes one global scale for both.
+
+    seen: fused module -> name and value of the first.
+    """
+    stem, _, part = module.rpartition(".")
+    fused = next((fused for fused, parts in FUSED.items() if part in parts), None)
+    if fused is None:
+        return
+    scale = tensor.item()
+    other, first = seen.setdefault(f"{stem}.{fused}", (name, scale))
     if abs(scale - first) > 1e-3 * abs(first):
         raise CheckpointError(
             f"{other} is {first:g} and {name} is {scale:g}: vLLM multiplies these two weights as one with one of these "

@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm_dsa import __version__, envs
 from vllm_dsa.attention import DSAAttention
-from vllm_dsa.checkpoint import CheckpointError, Expected, checked
+from vllm_dsa.checkpoint import FUSED, CheckpointError, Expected, checked
 from vllm_dsa.compat import (
     DeepseekV2MLP,
     DeepseekV2MoE,
@@ -39,14 +39,6 @@ from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.fp8_weights import DequantisedFp8Config, with_plain_fp8
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
-
-# (parameter here, tensor in the checkpoint, shard): several tensors of a checkpoint make one parameter.
-STACKED = (
-    ("fused_qkv_a_proj", "q_a_proj", 0),
-    ("fused_qkv_a_proj", "kv_a_proj_with_mqa", 1),
-    ("gate_up_proj", "gate_proj", 0),
-    ("gate_up_proj", "up_proj", 1),
-)
 
 
 class DecoderLayer(nn.Module):
@@ -155,10 +147,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
     decoder: type[DeepseekV32Model] = DeepseekV32Model
     is_draft = False
-    packed_modules_mapping = {
-        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping = dict(FUSED)  # vLLM's name for it
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -198,7 +187,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         )
         self.dtype = vllm_config.model_config.dtype
         self.quant_config = vllm_config.quant_config
-        exclude_fused(self.quant_config, self.packed_modules_mapping, _fused_modules(config))
+        exclude_fused(self.quant_config, _fused_modules(config))
         self.expected = Expected.from_hf(self.config)
         if self.expected is not None and self.expected.packed:
             ask_for_amx()
@@ -259,24 +248,10 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         for name, tensor in weights:
             if ".mlp.experts." in name:
                 loaded |= _load_expert(self, params, experts, name, tensor)
-                del tensor
-                continue
-            for parameter, part, shard in STACKED:
-                if f".{part}." in name:
-                    name = name.replace(f".{part}.", f".{parameter}.")
-                    args = (tensor, shard)
-                    break
             else:
-                args = (tensor,)
-            if is_pp_missing_parameter(name, self):
-                continue
-            if name not in params:
-                raise _unknown(self, name)
-            loader = getattr(params[name], "weight_loader", default_weight_loader)
-            loader(params[name], *args)
-            loaded.add(name)
+                loaded |= _load_parameter(self, params, name, tensor)
             # While the next one is dequantised, this one would else be there too.
-            del tensor, args
+            del tensor
         for module in self.modules():
             if isinstance(module, DSAAttention):  # vLLM's loaders write to .data, which leaves no trace
                 module.absorbed_versions = []
@@ -289,6 +264,22 @@ def _fused_modules(config: DSAConfig) -> Iterator[str]:
     for layer in range(config.num_hidden_layers + config.mtp_layers):
         mlp = "mlp" if config.is_dense(layer) else "mlp.shared_experts"
         yield from (f"model.layers.{layer}.self_attn.fused_qkv_a_proj", f"model.layers.{layer}.{mlp}.gate_up_proj")
+
+
+def _load_parameter(model: nn.Module, params: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> set[str]:
+    """Hand a tensor to the parameter that it is, or that it is one shard of, unless another stage holds that."""
+    target, shard = name, ()
+    for fused, parts in FUSED.items():
+        for i, part in enumerate(parts):
+            if f".{part}." in name:
+                target, shard = name.replace(f".{part}.", f".{fused}."), (i,)
+    if is_pp_missing_parameter(target, model):
+        return set()
+    if target not in params:
+        raise _unknown(model, name)
+    loader = getattr(params[target], "weight_loader", default_weight_loader)
+    loader(params[target], tensor, *shard)
+    return {target}
 
 
 def _load_expert(
