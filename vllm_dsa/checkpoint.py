@@ -26,8 +26,6 @@ _CONVERTED = re.compile(r"model\d+-mp\d+\.safetensors")
 _NAMED = 5  # names that a message lists
 # Modules whose weights are only read, and the MTP layer's eh_proj: loading makes them plain where they are packed.
 ONLY_READ = re.compile(r"\.(self_attn\.kv_b_proj|self_attn\.indexer\.wk|self_attn\.indexer\.weights_proj|eh_proj)\.")
-# Values of quant_method whose packed weights are known here by their names; ModelOpt has several more.
-PACKED = ("awq", "gptq", "compressed-tensors")
 # A quantised weight's last name and dtype -> the scales that it needs beside it.
 _SCALES = {
     ("qweight", "I32"): ("scales",),
@@ -46,7 +44,7 @@ class CheckpointError(ValueError):
 
 def is_packed(method: str) -> bool:
     """Is this quant_method one whose packed weights are known here by their names?"""
-    return method in PACKED or method.startswith("modelopt")
+    return method in ("awq", "gptq", "compressed-tensors") or method.startswith("modelopt")
 
 
 @dataclass(frozen=True)
