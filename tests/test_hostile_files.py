@@ -61,6 +61,10 @@ def unlisted(index):
     return index | {"weight_map": {name: file for name, file in index["weight_map"].items() if file == FIRST}}
 
 
+def listed(index):
+    return index | {"weight_map": {name: [file] for name, file in index["weight_map"].items()}}
+
+
 def swapped(index):
     names = {FIRST: SECOND, SECOND: FIRST}
     return index | {"weight_map": {name: names[file] for name, file in index["weight_map"].items()}}
@@ -120,6 +124,7 @@ FILES = {
     "shard gone": (lambda folder: (folder / SECOND).unlink(), rf"lacks {SECOND}, which {INDEX} names\. Download"),
     "shard unlisted": (damaged_index(unlisted), rf"lacks \d+ of \d+ tensors.*\({INDEX} does not name {SECOND}\)"),
     "index damaged": (lambda folder: (folder / INDEX).write_text("{"), rf"{INDEX} is damaged.*Download"),
+    "index of lists": (damaged_index(listed), rf"{INDEX} is damaged: its weight_map holds more.*Download"),
     "convert.py": (converted, r"model0-mp2\.safetensors: DeepSeek's convert\.py.*Serve the published folder"),
     "other config": (
         lambda folder: config_key(folder, "num_hidden_layers", 5),

@@ -210,9 +210,12 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: it has no readable weight_map. {AGAIN}") from error
+    if not all(isinstance(file, str) for file in index.values()):
+        raise CheckpointError(f"{path} is damaged: its weight_map holds more than names of files. {AGAIN}")
+    return index
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
