@@ -131,31 +131,29 @@ def test_answers_are_those_without_and_acceptance_is_as_planted(folders, plain, 
         assert answer == right and swapped < accepted / 2
 
 
-@pytest.mark.slow  # another engine start, for vLLM's own code
-def test_prompt_lookup_leaves_the_answers_as_they_are(folders, plain):
-    lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(folders[3], disable_log_stats=False, speculative_config=lookup) as running:
-        assert answers(running, questions()) == plain
-        drafts, _, accepted = counted(running)
-        assert drafts and accepted
+# Prompt lookup has no place in this process: vLLM 0.32 starts no further engine where it has loaded numba.
+LOOKUP = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 @pytest.mark.slow
 @pytest.mark.serve
-def test_vllm_serve_drafts(folders):
+@pytest.mark.parametrize("drafts", [speculative(3)["speculative_config"], LOOKUP], ids=lambda drafts: drafts["method"])
+def test_vllm_serve_drafts(drafts, folders):
     """In processes of their own and without --enforce-eager; 8 requests at once."""
-    prompts = [build_prompt(n, n, copies=TOP_K, hops=8, codes=8) for n in range(500, 900, 50)]
-    asked = [soak.Ask(prompt.text, prompt.answer) for prompt in prompts]
-    options = speculative(3)["speculative_config"]
+    # Prompt lookup finds what repeats itself: an answer that is given again and again.
+    hops, tokens = (1, 30) if drafts is LOOKUP else (8, 0)
+    prompts = [build_prompt(n, n, copies=TOP_K, hops=hops, codes=8) for n in range(500, 900, 50)]
+    asked = [soak.Ask(prompt.text, prompt.answer, tokens) for prompt in prompts]
     args = ("--served-model-name", soak.MODEL, "--dtype", "float32", "--max-model-len", "1200")
-    with serve(folders[3], *args, "--speculative-config", json.dumps(options), env=soak.SERVE_ENV) as server:
+    with serve(folders[3], *args, "--speculative-config", json.dumps(drafts), env=soak.SERVE_ENV) as server:
         with ThreadPoolExecutor(len(asked)) as clients:
             replies = list(clients.map(lambda ask: soak.send(server.port, ask), asked))
         assert all(soak.is_right(ask, reply.text) for ask, reply in zip(asked, replies, strict=True))
         drafted, accepted = (
             soak.metric(server, f"spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
         )
-        assert accepted == drafted > 0
+        assert drafted >= accepted > 0
+        assert accepted == drafted or drafts is LOOKUP
 
 
 # The MTP layer itself, against the formula over transformers' decoder layer.
