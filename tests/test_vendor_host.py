@@ -149,7 +149,6 @@ def stood_in(monkeypatch, one_thread) -> Any:
     monkeypatch.setattr(vendor, "DENSE_ROWS", 16)
     monkeypatch.setattr(triton_attend, "attend_decodes", of_some(True))
     monkeypatch.setattr(triton_attend, "attend_prefills", of_some(False))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setenv("VLLM_DSA_SCORE_BUDGET_MB", "1")
     return vendor
 

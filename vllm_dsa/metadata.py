@@ -40,6 +40,12 @@ class Rows:
         return found
 
 
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host numbers as a tensor on a device, without waiting for it."""
+    on_host = torch.tensor(values, dtype=dtype)
+    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
+
+
 def build_rows(
     query_starts: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int, num_tokens: int
 ) -> Rows:

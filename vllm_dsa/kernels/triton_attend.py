@@ -25,7 +25,7 @@ from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode, decode_words
 from vllm_dsa.kernels.triton_select import PLACES_BYTES
-from vllm_dsa.metadata import Part, Rows, prefill_parts
+from vllm_dsa.metadata import Part, Rows, prefill_parts, to_device
 
 SCALE_BYTES = tl.constexpr(cache.SCALE_BYTES)
 WIDE_ROWS = 1 << 18  # latent rows widened at a time: 302 MB
@@ -254,10 +254,7 @@ def _spans(rows: Rows) -> torch.Tensor:
         spans = [(0, 0)] * max(1, len(rows.ends))
         for part in prefill_parts(rows, WIDE_ROWS):
             spans[part.requests] = [(first, last - first) for first, last in pairwise(part.bounds)]
-        on_host = torch.tensor(spans, dtype=torch.int64)
-        if rows.lengths.is_cuda:
-            on_host = on_host.pin_memory()
-        return on_host.to(rows.lengths.device, non_blocking=True)
+        return to_device(spans, torch.int64, rows.lengths.device)
 
     return rows.once("spans", make)
 

@@ -12,7 +12,6 @@ attend  few heads: the Triton provider's kernels, which are faster there (benchm
 What all layers of a step share (schedules, row bounds, expanded block tables) is made once: ``Rows.once``.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ import triton.language as tl
 from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_attend
 from vllm_dsa.kernels.triton_select import PLACES_BYTES, top_k_rows
-from vllm_dsa.metadata import Rows, prefill_parts, score_tiles
+from vllm_dsa.metadata import Rows, prefill_parts, score_tiles, to_device
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
@@ -103,18 +102,13 @@ def _gathered(rows: Rows, top_k: int) -> list[Gathered]:
         for part in prefill_parts(rows, GATHER_ROWS):
             first, mine = part.requests.start, slice(part.rows.start, rows.starts[part.requests.stop])
             if mine.start < mine.stop:  # not only padding
-                starts = _on_device(part.bounds, rows)
+                starts = to_device(part.bounds, torch.int32, rows.lengths.device)
                 row_starts = starts[(rows.requests[mine] - first).long()]
                 tiles = score_tiles(rows, part.requests, top_k, most, DENSE_ROWS)
                 found.append(Gathered(part.requests, mine, starts, row_starts, part.bounds[-1], tiles))
         return found
 
     return rows.once(("gathered", top_k), make)
-
-
-def _on_device(values: Sequence[int], rows: Rows) -> torch.Tensor:
-    """int32, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.int32).pin_memory().to(rows.lengths.device, non_blocking=True)
 
 
 def _select_part(
@@ -281,7 +275,7 @@ def attend_dense(
     keys[..., nope:] = latents[:, None, rank:]
     values = torch.empty(length, heads, out.shape[2], dtype=query.dtype, device=query.device)
     torch.bmm(shared, w_uv, out=values.transpose(0, 1))
-    bounds = (rows.once(("bounds", n), partial(_on_device, (0, n), rows)) for n in (count, length))
+    bounds = (rows.once(("bounds", n), partial(to_device, (0, n), torch.int32, query.device)) for n in (count, length))
     flash_attention(query, keys, values, *bounds, scale, out)
 
 
