@@ -26,10 +26,13 @@ from vllm_dsa.tools.canary import (
     ANSWER_TOKENS,
     KEYS,
     SHORT_ANSWER_TOKENS,
+    STATUS,
     TIMEOUT_S,
+    UNANSWERED,
     Client,
     RequestFailed,
     filler,
+    judged,
     served,
     words_a_token,
 )
@@ -190,13 +193,12 @@ def run(args: argparse.Namespace) -> int:
 
     results = sweep(client, model, questions, max_tokens, args.clients)
     found, wrong = by_cell(results), [result for result in results if not result["right"]]
-    answered = any("error" not in result for result in results)
+    right = judged(results)
     print(f"{model} at {client.base}\n{table(found)}")
     for result in wrong[:3]:
         said = result.get("error") or f"answered {result['answer'][:80]!r}, expected {result['expected']!r}"
         print(f"{_keys(result['keys'])}, {result['length']:,} tokens, depth {result['depth']:g}: {said}")
     if args.json:
-        right = not wrong if answered else None
         report = {"endpoint": client.base, "model": model, "right": right, "cells": found, "wrong": wrong}
         try:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
@@ -204,10 +206,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--json {args.json}: {error}. Name a file in a folder that exists.") from error
     if args.png:
         draw(found, f"{model}: {len(results) - len(wrong)} of {len(results)} right", Path(args.png))
-    if not answered:
-        print("needle.py: no question was answered, so nothing could be judged", file=sys.stderr)
-        return 2
-    return int(bool(wrong))
+    if right is None:
+        print(f"needle.py: {UNANSWERED}", file=sys.stderr)
+    return STATUS[right]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,8 @@ from vllm_dsa.tools.progress import progress
 LENGTHS, DEPTHS, TIMEOUT_S = (3000, 8000, 32000), (0.1, 0.5, 0.9), 300.0
 ANSWER_TOKENS = 2048  # a reasoning model thinks first
 SHORT_ANSWER_TOKENS = 32  # of --prompts and /v1/completions
+STATUS = {True: 0, False: 1, None: 2}  # of what judged() says
+UNANSWERED = "no question was answered, so nothing could be judged"
 KEYS = ("OPENAI_API_KEY", "VLLM_API_KEY")  # the server's key is the first that is set
 LOCAL = ("localhost", "127.0.0.1", "::1")
 REPLY_BYTES = 16 << 20
@@ -150,15 +152,21 @@ def run(args: argparse.Namespace) -> int:
         results = _ask_all(client, model, needles, bool(own) or client.completions)
     except RequestFailed as error:
         results.append({"label": client.base, "right": False, "error": str(error)})
-    answered = any("error" not in result for result in results)
-    right = all(result["right"] for result in results) if answered else None
+    right = judged(results)
     if args.json:
         print(json.dumps({"right": right, "endpoint": client.base, "model": model, "left_out": note, "asked": results}))
     else:
         show([_section(client.base, model, results, note)])
-        if not answered:
-            print("no question was answered, so nothing could be judged")
-    return int(not right) if answered else 2
+        if right is None:
+            print(UNANSWERED)
+    return STATUS[right]
+
+
+def judged(results: list[dict[str, Any]]) -> bool | None:
+    """Is every answer right? None: there is none, only errors."""
+    if all("error" in result for result in results):
+        return None
+    return all(result["right"] for result in results)
 
 
 def _lengths(text: str | None) -> list[int]:
