@@ -38,7 +38,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 
 from tiny_checkpoint import build_prompt, build_tokenizer, write_planted  # noqa: E402
 
-from vllm_dsa.testing.server import NO_MULTICAST, Server, ServerError, exit_on_sigterm, serve  # noqa: E402
+from vllm_dsa.testing.server import DIRECT, NO_MULTICAST, Server, ServerError, exit_on_sigterm, serve  # noqa: E402
 
 NAME = "served"
 LAYOUTS = {
@@ -46,7 +46,6 @@ LAYOUTS = {
     "dp_ep": ["--data-parallel-size", "{gpus}", "--enable-expert-parallel"],
 }
 TOP_K, REPEATS, STEPS = 128, 3, 48
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before a server of this machine
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ _ERROR = re.compile(
     r"^(?:\(.*?\) ERROR .*?\] )?((?:\w+\.)*\w+(?:Error|Exception): .*(?:\n +Value error, .*)?)$", re.MULTILINE
 )
 # A machine's proxy settings are not for its own loopback address.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerError(RuntimeError):
@@ -200,7 +200,7 @@ def initial_environment() -> dict[str, str]:
 def healthy(base_url: str) -> bool:
     """Does GET /health answer 200?"""
     try:
-        with _DIRECT.open(f"{base_url}/health", timeout=5) as response:
+        with DIRECT.open(f"{base_url}/health", timeout=5) as response:
             return response.status == 200
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
