@@ -34,6 +34,21 @@ def reads_a_window(prompt: str, max_tokens: int) -> str:
 
 
 @contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serves with a handler, on a free port of this machine; yields the address."""
+    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    web.daemon_threads = True
+    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{web.server_port}"
+    finally:
+        web.shutdown()
+        web.server_close()
+        thread.join()
+
+
+@contextmanager
 def server(reply: Reply = reads_all, **facts: Any) -> Iterator[tuple[str, list[dict]]]:
     """An OpenAI server; facts: max_model_len, key, raw (bytes in place of JSON), pause (seconds), usage. Yields its
     address and the requests it got."""
@@ -66,16 +81,8 @@ def server(reply: Reply = reads_all, **facts: Any) -> Iterator[tuple[str, list[d
             usage = {"prompt_tokens": round(1.3 * len(prompt.split()))} if facts.get("usage", True) else None
             self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{web.server_port}", asked
-    finally:
-        web.shutdown()
-        web.server_close()
-        thread.join()
+    with listening(Handler) as url:
+        yield url, asked
 
 
 def test_a_server_that_reads_all_passes_at_every_length_and_depth():

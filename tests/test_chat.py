@@ -2,16 +2,16 @@
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import chat
 import pytest
+from test_canary import listening
 
 from vllm_dsa.testing.server import free_port
 
@@ -64,16 +64,8 @@ def server(tool_parser: bool = True, key: str | None = None, longest: int = 1000
                 delta = {"content": f"It is {last['content']}"}
             self.send(200, [{"id": "x", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta}]}])
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"--url=http://127.0.0.1:{web.server_port}/v1"
-    finally:
-        web.shutdown()
-        web.server_close()
-        thread.join()
+    with listening(Handler) as url:
+        yield f"--url={url}/v1"
 
 
 @pytest.fixture
