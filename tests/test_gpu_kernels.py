@@ -16,7 +16,7 @@ import torch
 from vllm_dsa import cache
 from vllm_dsa.metadata import Rows, build_rows
 from vllm_dsa.testing import compare
-from vllm_dsa.testing.cases import CASES, V32, Case, Inputs, build, with_dtype
+from vllm_dsa.testing.cases import CASES, PUBLISHED, V32, Case, Inputs, build, with_dtype
 from vllm_dsa.testing.check import check_attend, check_select, check_write, written
 
 pytestmark = [
@@ -243,6 +243,7 @@ def test_no_host_synchronisation(kernels):
 
 STEP = ((6000, 5), (2047, 2), (40, 1), (0, 300))
 VENDOR = (
+    *PUBLISHED,
     *(
         replace(WIDE, name=f"{heads} heads {kind}", requests=STEP, heads=heads, latent_kind=kind, page_padding=padding)
         for heads in (8, 16, 32, 64, 128)

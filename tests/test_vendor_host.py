@@ -18,12 +18,15 @@ from vllm_dsa.testing.check import check_attend, check_select, written
 GARBAGE = 1e9  # where the libraries leave what they find
 UP_PROJECTED = 2.0**-6  # of the largest value: keys, values and results are rounded to bfloat16
 TOP_K = 64
-STEPS = {
-    "decodes": (((300, 1), (40, 1), (63, 1), (64, 1)), 4),
+STEPS = {  # (context, new tokens) of each request, and the most rows of one that decodes
+    "decodes": (((300, 1), (40, 1), (63, 1), (64, 1)), 1),
+    "drafts": (((300, 2), (40, 2), (63, 2)), 2),
     "prefills": (((0, 90), (130, 60), (10, 5), (400, 1)), 0),
-    "mixed": (((300, 1), (40, 1), (0, 70), (250, 20), (60, 16)), 2),
+    "mixed": (((300, 1), (40, 1), (0, 70), (250, 20), (60, 16)), 1),
+    "a draft and a prefill": (((300, 2), (250, 20)), 2),  # as many rows that decode as requests
+    "drafts of other lengths": (((300, 1), (200, 3), (250, 20), (70, 9)), 3),
     "long": (((500, 460),), 0),
-    "many decodes": (((70, 1),) * 40, 40),
+    "many decodes": (((70, 1),) * 40, 1),
 }
 CACHES = ((cache.FP8_DS_MLA, 656), ("auto", 576))
 
@@ -156,7 +159,7 @@ def stood_in(monkeypatch, one_thread) -> Any:
 def case_of(step: str, heads: int = 64, kind: str = cache.FP8_DS_MLA, padding: int = 656) -> Case:
     requests, _ = STEPS[step]
     sizes = dict(requests=requests, heads=heads, latent_kind=kind, page_padding=padding)
-    sizes |= dict(top_k=TOP_K, index_heads=4, dtype=torch.bfloat16, decode_rows=int(STEPS[step][1] > 0))
+    sizes |= dict(top_k=TOP_K, index_heads=4, dtype=torch.bfloat16, decode_rows=STEPS[step][1])
     return replace(V32, name=f"{step} {kind}", **sizes)
 
 

@@ -89,8 +89,9 @@ def _select_decodes(
 
 def _decode_table(rows: Rows) -> torch.Tensor:
     """Block table [decodes, blocks] of the decode rows, one line a row."""
-    if rows.decodes == len(rows.block_table):
-        return rows.block_table
+    table, known = rows.block_table[: rows.decodes], min(rows.decodes, rows.starts[-1])
+    if len(table) == rows.decodes and rows.starts[: known + 1] == tuple(range(known + 1)):
+        return table  # one row a request
     return rows.once("table", lambda: rows.block_table[rows.requests[: rows.decodes].long()])
 
 

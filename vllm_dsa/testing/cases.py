@@ -141,6 +141,8 @@ PUBLISHED = (
     replace(_SERVED, name="published decode", requests=((5000, 1), (2048, 1), (300, 1), (2047, 1))),
     replace(_SERVED, name="published prefill", requests=((3000, 40), (0, 300))),
     replace(_SERVED, name="published mixed", requests=((6000, 1), (40, 1), (2040, 16))),
+    # As many rows that decode as requests: what is of a row must not be taken for what is of a request.
+    replace(_SERVED, name="published drafts", requests=((3000, 2), (2047, 2), (2040, 16), (0, 5)), decode_rows=2),
     replace(_SERVED, name="published all heads", requests=((4000, 1), (2046, 5)), heads=128),
     replace(_SERVED, name="published bf16 cache", requests=((4000, 1), (2046, 5)), latent_kind="auto"),
     replace(_SERVED, name="published glm", requests=((4000, 1), (0, 70)), index_heads=32, index_interleaved=True),
