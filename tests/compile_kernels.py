@@ -28,8 +28,9 @@ from vllm_dsa import cache
 from vllm_dsa.kernels import Norms, Rope, triton_attend, triton_configs, triton_select, triton_write
 from vllm_dsa.metadata import Rows
 
-MAX_SPILLED = {"top_k": 224}  # bytes a thread; other kernels: 64. top_k: see triton_configs.Rank
-# Of attend with more than 16 heads: nothing with Triton 3.6, which all supported vLLMs have on GPUs; this with 3.9.
+MAX_SPILLED = 64  # bytes a thread
+# With Triton 3.6, which all supported vLLMs have on GPUs, no kernel takes more; with 3.9 attend with more than 16 heads
+# and top-k do.
 MAX_SPILLED_LATER = 1088
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -136,8 +137,8 @@ def compile_shape(arch: int, shape: Shape, ops: tuple[str, ...]) -> list[Compile
         seconds = time.perf_counter() - begin
         usage = resources(compiled.asm["cubin"])
         name = compiled.metadata.name.strip("_").removesuffix("_kernel")
-        later = name == "attend" and shape.heads > 16 and not triton.__version__.startswith("3.6.")
-        may_spill = MAX_SPILLED_LATER if later else MAX_SPILLED.get(name, 64)
+        later = name == "top_k" or (name == "attend" and shape.heads > 16)
+        may_spill = MAX_SPILLED_LATER if later and not triton.__version__.startswith("3.6.") else MAX_SPILLED
         found.append(Compiled(arch, name, str(shape), compiled.metadata.shared, *usage, may_spill, seconds))
 
     triton.runtime.driver.set_active(NoDevice(arch))

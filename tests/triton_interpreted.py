@@ -31,6 +31,7 @@ CASES = (
     Case("mixed", ((0, 3), (250, 1), (31, 3), (5, 1)), padding_rows=2),
     Case("at top_k", ((15, 1), (16, 1), (13, 4), (0, 2))),
     Case("at key tiles", ((63, 1), (64, 1), (127, 2))),
+    Case("chunks", ((1600, 2),)),
     Case("no request", (), padding_rows=2),
     Case("no row", ()),
     Case("block of 48", ((140, 3), (47, 1)), block_size=48),
@@ -295,22 +296,25 @@ def test_a_wrong_rounding_is_seen(old, new, tmp_path, monkeypatch):
     assert wrongly_encoded()
 
 
+MANY = 5000  # scores: more than top-k places at a time
+
+
 @pytest.mark.parametrize("top_k", [1, 16, 300])
 def test_top_k_of_hostile_scores(top_k):
     zeros = torch.tensor([0.0, -0.0])
     kinds = {
-        "spread": torch.randn(2500) * 10.0 ** torch.randint(-38, 37, (2500,)),
-        "few": torch.randint(-2, 3, (2500,)).float(),
-        "zeros": zeros[torch.randint(2, (2500,))],
-        "rising": torch.arange(2500.0),
-        "falling": -torch.arange(2500.0),
-        "few above many ties": (torch.randperm(2500) < 10).float(),
-        "tied at the end": torch.cat([torch.zeros(2000), torch.ones(500)]),
+        "spread": torch.randn(MANY) * 10.0 ** torch.randint(-38, 37, (MANY,)),
+        "few": torch.randint(-2, 3, (MANY,)).float(),
+        "zeros": zeros[torch.randint(2, (MANY,))],
+        "rising": torch.arange(float(MANY)),
+        "falling": -torch.arange(float(MANY)),
+        "few above many ties": (torch.randperm(MANY) < 10).float(),
+        "tied at the end": torch.cat([torch.zeros(MANY - 500), torch.ones(500)]),
     }
-    lengths = torch.tensor([2500, 1500, 1025, 1024, 301, 17, 1, 0], dtype=torch.int32)
+    lengths = torch.tensor([MANY, 2500, 1500, 1025, 1024, 301, 17, 1, 0], dtype=torch.int32)
     for name, scores in kinds.items():
         scored = scores.repeat(len(lengths), 1)
-        scored[torch.arange(2500) >= lengths.unsqueeze(1)] = float("nan")
+        scored[torch.arange(MANY) >= lengths.unsqueeze(1)] = float("nan")
         out = torch.empty(len(lengths), top_k, dtype=torch.int32)
         triton_select.top_k_rows(scored, lengths, out)
         own = [row[:length] for row, length in zip(scored, lengths.tolist(), strict=True)]
@@ -346,10 +350,12 @@ FAULTS = {
         *(SELECT, "select", "mixed", 'tl.where(position < length, tl.maximum(found, LEAST), float("-inf"))'),
         "tl.where(position < length, tl.maximum(found, LEAST), 1e30)",
     ),
-    "a line of four forgotten": (
-        *(SELECT, "select", "top_k 300", "position + 2 * LINE, length, UNIT) >= least"),
-        "position + LINE, length, UNIT) >= least",
+    "four neighbours counted for eight": (
+        *(SELECT, "select", "top_k 300", "begin + i, length, UNIT) >= least).to"),
+        "begin, length, UNIT) >= least).to",
     ),
+    "parts of another chunk": (SELECT, "select", "chunks", "(before >> (16 * chunk))", "before"),
+    "chunks over each other": (SELECT, "select", "chunks", "place = listed - 1 +", "place = -1 +"),
     "lower third dropped": (
         SELECT,
         "select",

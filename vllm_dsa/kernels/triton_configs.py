@@ -45,7 +45,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Rank:
-    """select's top-k. registers: most of a thread; more programs at a time are worth what little is spilled."""
+    """select's top-k. registers: most of a thread, which is worth more programs at a time."""
 
     warps: int
     registers: int | None
@@ -99,9 +99,11 @@ def write(device: torch.device) -> Write:
 
 
 def rank(rows: int, candidates: int) -> Rank:
-    """Measured: H200, 2026-11-22, top_k 2048 (4,096 candidates), 8 to 4,096 rows of 8,192 to 131,072 keys."""
+    """Measured: H200, 2026-11-22, top_k 2048 (4,096 candidates), 1 to 8,192 rows of 4,096 to 131,072 keys."""
+    if candidates > 4096:
+        return Rank(16, None)
     few = rows <= 256  # most of a chip is idle
-    return Rank(16, None) if few or candidates > 4096 else Rank(8, 64)
+    return Rank(8, None if few else 64)
 
 
 def score(device: torch.device) -> Score:

@@ -1,14 +1,13 @@
 """select on GPUs: paged scores, then the exact top-k of each row. Contracts: ``vllm_dsa.kernels``.
 
 Rows go in tiles whose scores stay within VLLM_DSA_SCORE_BUDGET_MB. A score depends on its row and its key alone, not on
-the tile, the group or the batch they are computed in. Top-k ranks a row's scores by one program, in two reads:
+the tile, the group or the batch they are computed in. Top-k ranks a row's scores by one program, in three reads:
 
 1. Of the row laid out in lines of some thousand columns (at least twice top_k), the maximum of each column. What about
    top_k of these maxima reach bounds the top_k-th best score from below.
-2. The positions whose score reaches that bound, in order, and how many they are: for scores without structure at most
-   about 1.5 top_k, whatever the length. Each warp lists those of its own parts of the row, so that none waits for
-   another. If they fit the registers, the rest runs there; rows with many equal scores may exceed them and are ranked
-   in memory.
+2. How many scores reach that bound: for scores without structure at most about 1.5 top_k, whatever the length.
+3. Their positions, in order. If they fit the registers, the rest runs there; rows with many equal scores may exceed
+   them and are ranked in memory.
 
 A bound is found by counting: of the interval that it lies in, each step keeps a third.
 
@@ -24,8 +23,7 @@ from vllm_dsa.kernels import triton_configs
 from vllm_dsa.kernels.triton_e4m3 import decode
 from vllm_dsa.metadata import Rows
 
-LINE = 32  # scores that a warp reads at a time
-PARTS = 32  # of a row
+STEP = 8  # neighbouring scores that one thread counts
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32
 PLACES_BYTES = 1 << 27  # top-k's temporaries
 
@@ -171,73 +169,73 @@ def _takes(found, low, exact, ties, written):
 
 
 @triton.jit
-def _top_k_row(
-    scores, length, places, cap, out,
-    TOP_K: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, UNIT: tl.constexpr,
+def _list(
+    scores, length, least, slots,
+    SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The top-k of scores[:length], more than TOP_K, into out. places [PARTS, cap]: one row of the kernel's."""
-    SIZE: tl.constexpr = LINES * LINE
-    at = tl.arange(0, LINES)[:, None] * LINE + tl.arange(0, LINE)[None, :]
-    whole = length // SIZE * SIZE
+    """Writes the positions of scores[:length] that reach least to slots [SLOTS], ascending, as many as fit; returns how
+    many there are.
+
+    Parts of STEP scores are counted, PARTS of them are a chunk, and one scan of 16 bits each places those of four
+    chunks. Each thread then writes those of its own parts: none waits for another but in the scan.
+    """
+    part, cell = tl.arange(0, PARTS), tl.arange(0, 4)[None, :]
+    listed = tl.zeros((), tl.int32)
+    for first in range(0, length, 4 * PARTS * STEP):
+        chunks = tl.minimum(tl.cdiv(length - first, PARTS * STEP), 4)
+        counts = tl.zeros([PARTS], tl.int64)
+        for chunk in range(0, chunks):
+            begin = (first + (chunk * PARTS + part) * STEP)[:, None] + cell
+            count = tl.zeros([PARTS], tl.int32)
+            for i in tl.static_range(0, STEP, 4):
+                count += tl.sum((_load(scores, begin + i, length, UNIT) >= least).to(tl.int32), axis=1)
+            counts += count.to(tl.int64) << (16 * chunk)
+        before, total = tl.cumsum(counts, axis=0) - counts, tl.sum(counts, axis=0)
+        for chunk in range(0, chunks):
+            begin = (first + (chunk * PARTS + part) * STEP)[:, None] + cell
+            place = listed - 1 + ((before >> (16 * chunk)) & 0xFFFF).to(tl.int32)
+            for i in tl.static_range(0, STEP, 4):
+                reached = _load(scores, begin + i, length, UNIT) >= least
+                flags = reached.to(tl.int32)
+                to = place[:, None] + tl.cumsum(flags, axis=1)
+                tl.store(slots + to, begin + i, mask=reached & (to < SLOTS))
+                place += tl.sum(flags, axis=1)
+            listed += ((total >> (16 * chunk)) & 0xFFFF).to(tl.int32)
+    return listed
+
+
+@triton.jit
+def _top_k_row(
+    scores, length, slots, out,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The top-k of scores[:length], more than TOP_K, into out. slots [SLOTS]: this row's."""
+    at = tl.arange(0, SLOTS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    whole = length // SLOTS * SLOTS
     best = _load(scores, whole + at, length, UNIT)
-    for start in range(0, whole, SIZE):
+    for start in range(0, whole, SLOTS):
         best = tl.maximum(best, tl.load(scores + start + at))
-    columns = tl.minimum(length, SIZE)
+    columns = tl.minimum(length, SLOTS)
     highest = tl.max(tl.max(best, axis=1), axis=0)
     lowest = tl.min(tl.min(tl.where(at < columns, best, highest), axis=1), axis=0)
     highest = _rank(highest)
     bound, _, _ = _narrow(best, _rank(lowest), highest, columns, TOP_K, TOP_K + TOP_K // 16)
 
-    part, cell = tl.arange(0, PARTS), tl.arange(0, LINE)[None, :]
-    least = _of_rank(bound)
-    span = tl.cdiv(length, PARTS * 4 * LINE) * 4 * LINE
-    count = tl.zeros([PARTS], tl.int32)
-    of_part = places + (part * cap)[:, None]
-    for first in range(0, span, 4 * LINE):
-        # Four lines of each part at a time; flags of one byte, so that one scan counts all.
-        position = (part * span)[:, None] + first + cell
-        flags = _load(scores, position, length, UNIT) >= least
-        flags1 = _load(scores, position + LINE, length, UNIT) >= least
-        flags2 = _load(scores, position + 2 * LINE, length, UNIT) >= least
-        flags3 = _load(scores, position + 3 * LINE, length, UNIT) >= least
-        packed = tl.where(flags, 1, 0) + tl.where(flags1, 1 << 8, 0)
-        packed += tl.where(flags2, 1 << 16, 0) + tl.where(flags3, 1 << 24, 0)
-        upto, total = tl.cumsum(packed, axis=1), tl.sum(packed, axis=1)
-        place = count[:, None] - 1 + (upto & 0xFF)
-        tl.store(of_part + place, position, mask=flags & (place < cap))
-        count += total & 0xFF
-        place = count[:, None] - 1 + ((upto >> 8) & 0xFF)
-        tl.store(of_part + place, position + LINE, mask=flags1 & (place < cap))
-        count += (total >> 8) & 0xFF
-        place = count[:, None] - 1 + ((upto >> 16) & 0xFF)
-        tl.store(of_part + place, position + 2 * LINE, mask=flags2 & (place < cap))
-        count += (total >> 16) & 0xFF
-        place = count[:, None] - 1 + (upto >> 24)
-        tl.store(of_part + place, position + 3 * LINE, mask=flags3 & (place < cap))
-        count += total >> 24
-    tl.debug_barrier()  # other threads of this program wrote what is read next
-
-    # Candidates in lines of one part each: offset and candidates left, of every line.
-    lines = (count + LINE - 1) // LINE
-    last = tl.cumsum(lines, axis=0)
-    within = tl.arange(0, LINES)[:, None] - (last - lines)[None, :]
-    own = (within >= 0) & (within < lines[None, :])
-    offset = tl.sum(tl.where(own, (part * cap)[None, :] + within * LINE, 0), axis=1)
-    left = tl.sum(tl.where(own, count[None, :] - within * LINE, 0), axis=1)
-    candidates = tl.sum(count, axis=0)
-    if (tl.sum(lines, axis=0) <= LINES) & (tl.max(count, axis=0) <= cap):
-        listed = cell < left[:, None]
-        position = tl.load(places + offset[:, None] + cell, mask=listed, other=0)
+    candidates = _list(scores, length, _of_rank(bound), slots, SLOTS, PARTS, STEP, UNIT)
+    if candidates <= SLOTS:
+        tl.debug_barrier()  # other threads of this program wrote what is read next
+        listed = at < candidates
+        position = tl.load(slots + at, mask=listed, other=0)
         found = tl.load(scores + position, mask=listed, other=0.0)
         found = tl.where(listed, tl.maximum(found, LEAST), float("-inf"))
         low, many, few = _narrow(found, bound, highest, candidates, TOP_K, TOP_K)
         taken, place, _, _ = _takes(found, _of_rank(low), many == TOP_K, TOP_K - few, 0)
-        position = tl.load(places + offset[:, None] + cell, mask=listed, other=0)
+        position = tl.load(slots + at, mask=listed, other=0)
         tl.store(out + place, position, mask=taken & (place < TOP_K))
     else:
         low, many, few = _narrow_in_memory(scores, length, bound, highest, candidates, at, TOP_K, UNIT)
         ties, written = TOP_K - few, tl.zeros((), tl.int32)
-        for start in range(0, length, SIZE):
+        for start in range(0, length, SLOTS):
             found = _load(scores, start + at, length, UNIT)
             taken, place, ties, written = _takes(found, _of_rank(low), many == TOP_K, ties, written)
             tl.store(out + place, start + at, mask=taken & (place < TOP_K))
@@ -245,10 +243,10 @@ def _top_k_row(
 
 @triton.jit(do_not_specialize=["scores_stride", "out_stride"], do_not_specialize_on_alignment=["lengths", "out"])
 def _top_k_kernel(
-    scores, places, lengths, out, cap, scores_stride, out_stride,
-    TOP_K: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, UNIT: tl.constexpr,
+    scores, slots, lengths, out, scores_stride, out_stride,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. places [rows, PARTS, cap] int32: positions of the candidates of each part of the row.
+    """One program a row. slots [rows, SLOTS] int32: positions of the row's candidates.
 
     scores_stride counts units of UNIT scores.
     """
@@ -256,11 +254,11 @@ def _top_k_kernel(
     length = tl.load(lengths + row)
     out += row * out_stride
     if length <= TOP_K:
-        at = tl.arange(0, LINES * LINE)
+        at = tl.arange(0, SLOTS)
         tl.store(out + at, tl.where(at < length, at, -1), mask=at < TOP_K)
     else:
         scores += row * scores_stride * UNIT
-        _top_k_row(scores, length, places + row * (PARTS * cap), cap, out, TOP_K, LINES, PARTS, LINE, UNIT)
+        _top_k_row(scores, length, slots + row * SLOTS, out, TOP_K, SLOTS, PARTS, STEP, UNIT)
 
 
 def select(
@@ -286,35 +284,28 @@ def select(
 def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
     """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
     top_k = out.shape[1]
-    size = _candidates(top_k)
-    cap = min(size // 2, 4 * LINE * triton.cdiv(scored.shape[1], PARTS * 4 * LINE))
-    step = max(1, PLACES_BYTES // (PARTS * cap * 4))
-    places = torch.empty(min(len(out), step), PARTS, cap, dtype=torch.int32, device=out.device)
+    size = triton.next_power_of_2(max(2 * top_k, 512))
+    step = max(1, PLACES_BYTES // (4 * size))
+    slots = torch.empty(min(len(out), step), size, dtype=torch.int32, device=out.device)
     config = triton_configs.rank(len(out), size)
     unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
     for first in range(0, len(out), step):
         mine = out[first : first + step]
         _top_k_kernel[(len(mine),)](
             scored[first:],
-            places,
+            slots,
             lengths[first:],
             mine,
-            cap,
             scored.stride(0) // unit,
             out.stride(0),
             TOP_K=top_k,
-            LINES=size // LINE,
-            PARTS=PARTS,
-            LINE=LINE,
+            SLOTS=size,
+            PARTS=max(128, size // 8),
+            STEP=STEP,
             UNIT=unit,
             num_warps=config.warps,
             maxnreg=config.registers,
         )
-
-
-def _candidates(top_k: int) -> int:
-    """How many candidates of a row are ranked in registers, at least 2 top_k; each part may leave half a line empty."""
-    return triton.next_power_of_2(max(2 * top_k, top_k * 25 // 16 + PARTS * LINE // 2))
 
 
 def scores(codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, row: int) -> torch.Tensor:
