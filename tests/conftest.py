@@ -1,6 +1,8 @@
-"""Fixtures that test files ask for by name."""
+"""Fixtures that test files ask for by name, and the marker own_process."""
 
 import os
+import subprocess
+import sys
 
 # Before torch starts its threads: waiting ones sleep. Spinning, as is GNU OpenMP's way, they take the time that they
 # wait for as soon as anything else runs on the machine's cores, and tests of small tensors take ten times as long.
@@ -8,6 +10,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+OWN_PROCESS = "DSA_TEST_IN_A_PROCESS_OF_ITS_OWN"
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked own_process in a pytest of its own."""
+    if pyfuncitem.get_closest_marker("own_process") is None or OWN_PROCESS in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-rA", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    env = os.environ | {OWN_PROCESS: "1"}
+    done = subprocess.run(command, cwd=pyfuncitem.config.rootpath, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    if done.returncode:
+        pytest.fail(f"in a process of its own:\n{done.stdout[-4000:]}\n{done.stderr[-1000:]}", pytrace=False)
+    return True
 
 
 @pytest.fixture

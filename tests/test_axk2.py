@@ -394,6 +394,7 @@ def test_served_chat_answers_right(planted_folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.own_process
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bfloat16_through_triton(name, graphs, tmp_path, monkeypatch):

@@ -12,8 +12,6 @@ from test_planted import ids
 from test_transfer import CACHES, ask, differing
 from tiny_checkpoint import build_prompt, write_planted
 
-from vllm_dsa import platform
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -79,10 +77,10 @@ def test_without_a_connector_all_is_computed_again(folder):
     assert min(computed, again) >= 3000
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_ds_mla"])
 @pytest.mark.parametrize("way", WAYS)
-def test_evicted_pages_come_back(folder, monkeypatch, kv_cache_dtype, way):
-    monkeypatch.setitem(platform.CONNECTORS, "cuda", ("OffloadingConnector",))
+def test_evicted_pages_come_back(folder, kv_cache_dtype, way):
     with engine(folder, kv_cache_dtype=kv_cache_dtype, **OPTIONS, **WAYS[way]) as running:
         (_, computed, pages), (_, again, restored) = ask_in_turn(running)
     assert computed >= 3000 and again < 128  # what is left of the last page, and tokens scheduled ahead

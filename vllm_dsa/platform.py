@@ -19,7 +19,7 @@ FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
 DRAFT_METHODS = ("mtp", "ngram")
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
 # KV connectors that move both caches, bit for bit: seen in tests/test_transfer.py and tests/test_gpu_transfer.py.
-CONNECTORS: dict[str, tuple[str, ...]] = {"cpu": ("ExampleConnector",), "cuda": ()}
+CONNECTORS: dict[str, tuple[str, ...]] = {"cpu": ("ExampleConnector",), "cuda": ("OffloadingConnector",)}
 INDEX_CACHE_DTYPES = ("auto", "fp8")  # vLLM's names for the bytes that cache.py defines
 
 

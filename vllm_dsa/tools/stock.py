@@ -22,6 +22,7 @@ from vllm_dsa.tools.output import UserError
 from vllm_dsa.tools.progress import progress
 
 LAYERS, TURNS, STEPS, REPEATS, STEP_TOKENS = 6, 2, 40, 5, 16384
+ROW_BYTES = 1152 + 132  # at most, of a token's latent and index key in a layer
 TURN_S = 1800
 SIZES = {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "torch_dtype": "bfloat16",
@@ -105,6 +106,9 @@ def measure(
         kv_cache_dtype=kv_cache_dtype,
         max_num_batched_tokens=STEP_TOKENS,
         compilation_config={"cudagraph_capture_sizes": sorted({1, requests})},
+        # No more than these requests need, so that others may use the GPU as well.
+        gpu_memory_utilization=0.05,
+        kv_cache_memory_bytes=(requests + 1) * (longest + 64) * layers * ROW_BYTES,
         disable_log_stats=True,
     )
     engine, serial = llm.llm_engine, 0
