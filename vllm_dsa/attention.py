@@ -202,7 +202,9 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
         Seen are `load_weights` and in-place operations on the parameters, not writes to a parameter's ``.data``.
         """
-        if self.absorbed_versions != [parameter._version for parameter in self.absorbed]:
+        with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters take 15 times as long to answer else
+            versions = [parameter._version for parameter in self.absorbed]
+        if versions != self.absorbed_versions:
             self.process_weights_after_loading(self.dtype)
 
     def queries(self, query_latent: torch.Tensor, raw_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
