@@ -274,6 +274,15 @@ class TestVendor:
         check_attend(vendor, case, "cuda")
         check_attend(SimpleNamespace(attend=all_decodes(vendor)), case, "cuda")
 
+    @pytest.mark.usefixtures("poisoned_empty")
+    @pytest.mark.parametrize("seed", range(20))
+    def test_random_steps(self, seed, vendor):
+        from test_vendor_host import random_step
+
+        case = replace(random_step(seed), index_heads=64, top_k=128)
+        check_select(vendor, case, "cuda", accumulation=torch.float8_e4m3fn)
+        check_attend(vendor, case, "cuda")
+
     # FlashMLA's decode kernel splits the keys by what else is in the batch: its bits are its own batch's. Of 16 heads
     # over an fp8_ds_mla cache it takes fewer than TRITON_DECODE_ROWS decodes.
     @pytest.mark.parametrize(

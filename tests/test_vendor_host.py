@@ -2,6 +2,7 @@
 bounds each gets, and where the results go. The libraries, and this package's Triton kernels, are stood in for in torch.
 """
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +162,31 @@ def case_of(step: str, heads: int = 64, kind: str = cache.FP8_DS_MLA, padding: i
     sizes = dict(requests=requests, heads=heads, latent_kind=kind, page_padding=padding)
     sizes |= dict(top_k=TOP_K, index_heads=4, dtype=torch.bfloat16, decode_rows=STEPS[step][1])
     return replace(V32, name=f"{step} {kind}", **sizes)
+
+
+def random_step(seed: int) -> Case:
+    """Decodes, drafts and chunks of prompts, often as many rows that decode as requests, and maybe padding."""
+    generator = random.Random(seed)
+    drafted = generator.randrange(1, 5)
+
+    def some(count: int, new: int) -> list[tuple[int, int]]:
+        return [(generator.choice((0, 5, TOP_K - 2, 150, 300)), generator.randint(1, new)) for _ in range(count)]
+
+    decoding = some(generator.randrange(4), drafted)
+    rows = sum(new for _, new in decoding)
+    requests = decoding + some(generator.choice((0, 1, 3, rows - len(decoding))), 90)
+    sizes: dict[str, Any] = dict(decode_rows=drafted, padding_rows=generator.choice((0, 0, 3)))
+    heads, kind = generator.choice((16, 64)), generator.choice((cache.FP8_DS_MLA, "auto"))
+    sizes |= dict(heads=heads, latent_kind=kind, page_padding=656 if kind == cache.FP8_DS_MLA else 576)
+    sizes |= dict(requests=tuple(requests), top_k=TOP_K, index_heads=4, dtype=torch.bfloat16)
+    return replace(V32, name=f"step {seed}", **sizes)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_steps(seed, stood_in):
+    case = random_step(seed)
+    check_select(stood_in, case)
+    check_attend(stood_in, case, tolerance=compare.TOLERANCE)
 
 
 @pytest.mark.parametrize("step", STEPS)

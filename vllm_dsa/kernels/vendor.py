@@ -67,6 +67,8 @@ def select(
         _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
     for part in _gathered(rows, out.shape[1]):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
+    if (padding := _padding(rows)).start < padding.stop:
+        out[padding] = -1
 
 
 def _select_decodes(
@@ -112,6 +114,11 @@ def _gathered(rows: Rows, top_k: int) -> list[Gathered]:
     return rows.once(("gathered", top_k), make)
 
 
+def _padding(rows: Rows) -> slice:
+    """Rows behind the prefills that are of no request; those that pad decodes are decodes."""
+    return slice(max(rows.starts[-1], rows.decodes), len(rows.lengths))
+
+
 def _select_part(
     codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, part: Gathered, out: torch.Tensor
 ) -> None:
@@ -152,6 +159,8 @@ def attend(
         triton_attend.attend_prefills(*step)
     elif rows.decodes < tokens:
         _attend_prefills(*step)
+    if (padding := _padding(rows)).start < padding.stop:
+        out[padding], lse[padding] = 0, float("-inf")
     return lse
 
 
