@@ -31,6 +31,7 @@ DEFAULTS = dict(
     max_num_seqs=8,
     block_size=16,
     disable_log_stats=True,
+    kernel_config={"enable_flashinfer_autotune": False},  # on a GPU ten seconds of a start
 )
 
 

@@ -171,7 +171,6 @@ def test_a_dense_engine_on_a_gpu(tmp_path, monkeypatch):
         write_random(tmp_path / str(top_k), index_topk=top_k, **sizes)
     monkeypatch.setenv("VLLM_DSA_DENSE", "1")
     options = dict(dtype="bfloat16", block_size=64, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 << 30)
-    options |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
     with (
         pytest.raises(ValueError, match="Pass --enforce-eager"),
         engine(tmp_path / "128", **options, enforce_eager=False),

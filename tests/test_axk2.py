@@ -403,7 +403,6 @@ def test_bfloat16_through_triton(name, graphs, tmp_path, monkeypatch):
     write_random(tmp_path, family="axk2", dtype="bfloat16", **CHECKPOINTS[name] | {"num_hidden_layers": 2})
     options = dict(dtype="bfloat16", block_size=64, kv_cache_memory_bytes=1 << 30, enforce_eager=not graphs)
     options |= dict(gpu_memory_utilization=0.1)  # others may use this GPU as well
-    options |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
     with engine(tmp_path, **options) as running:
         assert "attend: triton" in running.layers[0].kernels.summary
         difference = differences(running, Oracle(tmp_path), prompts(config_of(tmp_path)))

@@ -52,7 +52,6 @@ def running(path: Path, **options: Any) -> Iterator[Any]:
 
     defaults = dict(dtype="bfloat16", block_size=64, max_model_len=8192)
     defaults |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2 << 30)  # others use this GPU as well
-    defaults |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
     with engine(path, **defaults | options) as found:
         yield found
 

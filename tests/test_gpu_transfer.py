@@ -26,7 +26,6 @@ OPTIONS: dict[str, Any] = dict(
     kv_cache_memory_bytes=4 << 30,
     # One prompt of 6,000 tokens and not half of another.
     num_gpu_blocks_override=8192 // 64 + 2,
-    kernel_config={"enable_flashinfer_autotune": False},  # ten seconds of a start
 )
 HOST_BYTES = 64 << 20  # in /dev/shm, which may be small: pages of the three prompts take 24 to 40 MB
 TO_HOST = {

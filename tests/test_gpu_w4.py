@@ -46,7 +46,6 @@ SIZES = dict(hidden_size=256, q_lora_rank=128, num_attention_heads=16, intermedi
 SIZES |= dict(index_n_heads=8, num_nextn_predict_layers=0)
 OPTIONS: dict[str, Any] = dict(dtype="bfloat16", block_size=64, max_num_batched_tokens=256, max_model_len=4096)
 OPTIONS |= dict(kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05)
-OPTIONS |= dict(kernel_config={"enable_flashinfer_autotune": False})  # ten seconds of a start
 KINDS = ("random", "plain", "planted")  # plain: what the random one stands for
 
 

@@ -79,7 +79,7 @@ from test_platform import engine_config
 print("RESULT", json.dumps([info(prometheus_client.generate_latest().decode()), torch.cuda.is_initialized()]))
 from engine import engine
 options = dict(dtype="bfloat16", kv_cache_dtype="fp8", block_size=64, gpu_memory_utilization=0.1)
-options |= dict(kv_cache_memory_bytes=2 << 30, kernel_config=dict(enable_flashinfer_autotune=False))
+options |= dict(kv_cache_memory_bytes=2 << 30)
 with engine({str(tmp_path)!r}, **options) as running:
     print("RESULT", json.dumps(running.layers[0].kernels.providers))
 """
