@@ -93,7 +93,8 @@ def test_requests_that_pad_a_graph_have_no_rows():
     [([0, 1, 2, 3], 1, 3), ([0, 1, 3, 4], 1, 1), ([0, 2, 4, 9], 2, 4), ([0, 5, 6], 1, 0), ([0], 1, 0)],
 )
 def test_count_decodes(starts, longest, rows):
-    assert count_decodes(starts, longest) == rows
+    assert count_decodes(starts, longest, starts[-1]) == rows
+    assert count_decodes(starts, longest, starts[-1] + 3) == (rows + 3 if rows == starts[-1] else rows)
 
 
 # Three decodes, a prompt's chunk, a request without rows, a whole prompt, two rows of padding.

@@ -237,12 +237,18 @@ def shared_chunks(rows: Rows, top_k: int, ranks: int, least: int) -> tuple[slice
     return rows.once(("shared chunks", top_k, ranks, least), make)
 
 
-def count_decodes(starts: list[int], longest: int) -> int:
-    """Rows of the leading requests that bring at most ``longest`` rows each; starts as in Rows."""
-    for first, last in zip(starts, starts[1:], strict=False):
+def count_decodes(starts: Sequence[int], longest: int, tokens: int) -> int:
+    """Rows of the leading requests that bring at most ``longest`` rows each; starts as in Rows. If that are all, the
+    rows that pad the step to ``tokens`` are decodes as well."""
+    for first, last in pairwise(starts):
         if last - first > longest:
             return first
-    return starts[-1]
+    return tokens
+
+
+def one_row_each(starts: Sequence[int], rows: int) -> bool:
+    """Are the first ``rows`` rows of as many requests, one of each? starts as in Rows."""
+    return list(starts[: rows + 1]) == list(range(rows + 1))
 
 
 class DeviceRows:
@@ -272,8 +278,8 @@ class DeviceRows:
         that counts as decoding."""
         tokens, requests = self.tokens[:num_tokens], self.requests[:num_tokens]
         written, used = self.lengths[:num_tokens], host_starts[-1]
-        if num_tokens <= len(seq_lens) and host_starts[: used + 1] == list(range(used + 1)):
-            # One row a request, as in most steps: its last token. Three small kernels in place of eleven.
+        if num_tokens <= len(seq_lens) and one_row_each(host_starts, used):
+            # As in most steps: a request's last token. Three small kernels in place of eleven.
             requests.copy_(tokens)
             written[:used].copy_(seq_lens[:used])
             written[used:].zero_()
@@ -284,7 +290,6 @@ class DeviceRows:
             lengths = seq_lens[request] - query_starts[1:][request] + tokens + 1
             lengths.masked_fill_(tokens >= query_starts[-1], 0)
             torch.clamp(lengths, min=0, out=written)
-        decodes = count_decodes(host_starts, decode_rows)
         return Rows(
             requests=requests,
             lengths=written,
@@ -292,7 +297,7 @@ class DeviceRows:
             block_size=block_size,
             starts=tuple(host_starts),
             ends=tuple(host_ends),
-            decodes=num_tokens if decodes == host_starts[-1] else decodes,
+            decodes=count_decodes(host_starts, decode_rows, num_tokens),
         )
 
 

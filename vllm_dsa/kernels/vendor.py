@@ -23,7 +23,7 @@ import triton.language as tl
 from vllm_dsa import cache, envs
 from vllm_dsa.kernels import triton_attend
 from vllm_dsa.kernels.triton_select import PLACES_BYTES, top_k_rows
-from vllm_dsa.metadata import Rows, prefill_parts, score_tiles, to_device
+from vllm_dsa.metadata import Rows, one_row_each, prefill_parts, score_tiles, to_device
 
 GATHER_ROWS = 1 << 18  # keys or latents gathered at a time: 34 MB of keys, 302 MB of latents
 DECODE_HEADS = (64, 128)  # of its decode kernel
@@ -91,9 +91,9 @@ def _select_decodes(
 
 def _decode_table(rows: Rows) -> torch.Tensor:
     """Block table [decodes, blocks] of the decode rows, one line a row."""
-    table, known = rows.block_table[: rows.decodes], min(rows.decodes, rows.starts[-1])
-    if len(table) == rows.decodes and rows.starts[: known + 1] == tuple(range(known + 1)):
-        return table  # one row a request
+    table = rows.block_table[: rows.decodes]
+    if len(table) == rows.decodes and one_row_each(rows.starts, min(rows.decodes, rows.starts[-1])):
+        return table
     return rows.once("table", lambda: rows.block_table[rows.requests[: rows.decodes].long()])
 
 

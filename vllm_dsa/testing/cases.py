@@ -233,9 +233,7 @@ def _rows(case: Case, ends: list[int], random: torch.Generator) -> Rows:
         table[i, : len(taken)] = taken
     starts = torch.tensor([0, *(new for _, new in case.requests)]).cumsum(0).int()
     rows = build_rows(starts, torch.tensor(ends, dtype=torch.int32), table, case.block_size, case.tokens)
-    decodes = count_decodes(list(rows.starts), case.decode_rows) if case.decode_rows else 0
-    # As DeviceRows counts: rows that pad a step of nothing but decodes are decodes.
-    return replace(rows, decodes=case.tokens if decodes and decodes == rows.starts[-1] else decodes)
+    return replace(rows, decodes=count_decodes(rows.starts, case.decode_rows, case.tokens) if case.decode_rows else 0)
 
 
 def _caches(case: Case, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
