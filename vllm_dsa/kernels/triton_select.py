@@ -170,10 +170,10 @@ def _takes(found, low, exact, ties, written):
 
 @triton.jit
 def _list(
-    scores, length, least, slots,
-    SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+    scores, length, least, places,
+    SIZE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the positions of scores[:length] that reach least to slots [SLOTS], ascending, as many as fit; returns how
+    """Writes the positions of scores[:length] that reach least to places [SIZE], ascending, as many as fit; returns how
     many there are.
 
     Parts of STEP scores are counted, PARTS of them are a chunk, and one scan of 16 bits each places those of four
@@ -198,7 +198,7 @@ def _list(
                 reached = _load(scores, begin + i, length, UNIT) >= least
                 flags = reached.to(tl.int32)
                 to = place[:, None] + tl.cumsum(flags, axis=1)
-                tl.store(slots + to, begin + i, mask=reached & (to < SLOTS))
+                tl.store(places + to, begin + i, mask=reached & (to < SIZE))
                 place += tl.sum(flags, axis=1)
             listed += ((total >> (16 * chunk)) & 0xFFFF).to(tl.int32)
     return listed
@@ -206,36 +206,36 @@ def _list(
 
 @triton.jit
 def _top_k_row(
-    scores, length, slots, out,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+    scores, length, places, out,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The top-k of scores[:length], more than TOP_K, into out. slots [SLOTS]: this row's."""
-    at = tl.arange(0, SLOTS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    whole = length // SLOTS * SLOTS
+    """The top-k of scores[:length], more than TOP_K, into out. places [SIZE]: this row's."""
+    at = tl.arange(0, SIZE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    whole = length // SIZE * SIZE
     best = _load(scores, whole + at, length, UNIT)
-    for start in range(0, whole, SLOTS):
+    for start in range(0, whole, SIZE):
         best = tl.maximum(best, tl.load(scores + start + at))
-    columns = tl.minimum(length, SLOTS)
+    columns = tl.minimum(length, SIZE)
     highest = tl.max(tl.max(best, axis=1), axis=0)
     lowest = tl.min(tl.min(tl.where(at < columns, best, highest), axis=1), axis=0)
     highest = _rank(highest)
     bound, _, _ = _narrow(best, _rank(lowest), highest, columns, TOP_K, TOP_K + TOP_K // 16)
 
-    candidates = _list(scores, length, _of_rank(bound), slots, SLOTS, PARTS, STEP, UNIT)
-    if candidates <= SLOTS:
+    candidates = _list(scores, length, _of_rank(bound), places, SIZE, PARTS, STEP, UNIT)
+    if candidates <= SIZE:
         tl.debug_barrier()  # other threads of this program wrote what is read next
         listed = at < candidates
-        position = tl.load(slots + at, mask=listed, other=0)
+        position = tl.load(places + at, mask=listed, other=0)
         found = tl.load(scores + position, mask=listed, other=0.0)
         found = tl.where(listed, tl.maximum(found, LEAST), float("-inf"))
         low, many, few = _narrow(found, bound, highest, candidates, TOP_K, TOP_K)
         taken, place, _, _ = _takes(found, _of_rank(low), many == TOP_K, TOP_K - few, 0)
-        position = tl.load(slots + at, mask=listed, other=0)
+        position = tl.load(places + at, mask=listed, other=0)
         tl.store(out + place, position, mask=taken & (place < TOP_K))
     else:
         low, many, few = _narrow_in_memory(scores, length, bound, highest, candidates, at, TOP_K, UNIT)
         ties, written = TOP_K - few, tl.zeros((), tl.int32)
-        for start in range(0, length, SLOTS):
+        for start in range(0, length, SIZE):
             found = _load(scores, start + at, length, UNIT)
             taken, place, ties, written = _takes(found, _of_rank(low), many == TOP_K, ties, written)
             tl.store(out + place, start + at, mask=taken & (place < TOP_K))
@@ -243,10 +243,10 @@ def _top_k_row(
 
 @triton.jit(do_not_specialize=["scores_stride", "out_stride"], do_not_specialize_on_alignment=["lengths", "out"])
 def _top_k_kernel(
-    scores, slots, lengths, out, scores_stride, out_stride,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+    scores, places, lengths, out, scores_stride, out_stride,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program a row. slots [rows, SLOTS] int32: positions of the row's candidates.
+    """One program a row. places [rows, SIZE] int32: positions of the row's candidates.
 
     scores_stride counts units of UNIT scores.
     """
@@ -254,11 +254,11 @@ def _top_k_kernel(
     length = tl.load(lengths + row)
     out += row * out_stride
     if length <= TOP_K:
-        at = tl.arange(0, SLOTS)
+        at = tl.arange(0, SIZE)
         tl.store(out + at, tl.where(at < length, at, -1), mask=at < TOP_K)
     else:
         scores += row * scores_stride * UNIT
-        _top_k_row(scores, length, slots + row * SLOTS, out, TOP_K, SLOTS, PARTS, STEP, UNIT)
+        _top_k_row(scores, length, places + row * SIZE, out, TOP_K, SIZE, PARTS, STEP, UNIT)
 
 
 def select(
@@ -284,22 +284,22 @@ def select(
 def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:
     """Exact top-k of scored [rows, n] float32, of which lengths [rows] count, into out [rows, K] as select's."""
     top_k = out.shape[1]
-    size = triton.next_power_of_2(max(2 * top_k, 512))
+    size = triton.next_power_of_2(max(2 * top_k, 512))  # candidates of a row that are ranked in registers
     step = max(1, PLACES_BYTES // (4 * size))
-    slots = torch.empty(min(len(out), step), size, dtype=torch.int32, device=out.device)
+    places = torch.empty(min(len(out), step), size, dtype=torch.int32, device=out.device)
     config = triton_configs.rank(len(out), size)
     unit = 4 if scored.stride(0) % 4 == 0 else 1  # 16 bytes a load
     for first in range(0, len(out), step):
         mine = out[first : first + step]
         _top_k_kernel[(len(mine),)](
             scored[first:],
-            slots,
+            places,
             lengths[first:],
             mine,
             scored.stride(0) // unit,
             out.stride(0),
             TOP_K=top_k,
-            SLOTS=size,
+            SIZE=size,
             PARTS=max(128, size // 8),
             STEP=STEP,
             UNIT=unit,
