@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dsa import compat
+from vllm_dsa.config import DSAConfig
+from vllm_dsa.tools import memory
 from vllm_dsa.tools.layouts import stdout_to_stderr
+from vllm_dsa.tools.model import dtype_of
 from vllm_dsa.tools.output import UserError
 from vllm_dsa.tools.progress import progress
 
 LAYERS, TURNS, STEPS, REPEATS, STEP_TOKENS = 6, 2, 40, 5, 16384
-ROW_BYTES = 1152 + 132  # at most, of a token's latent and index key in a layer
 TURN_S = 1800
 SIZES = {
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "torch_dtype": "bfloat16",
@@ -96,6 +98,7 @@ def measure(
     waiting = requests * (max(lengths) // STEP_TOKENS + 2)
     tokens = steps + waiting + 8
     longest = max(lengths) + tokens
+    token = memory.cache_bytes(DSAConfig.from_hf(config), kv_cache_dtype, dtype_of(config), range(layers))
     llm = compat.LLM(
         model=model,
         load_format="dummy",
@@ -108,7 +111,7 @@ def measure(
         compilation_config={"cudagraph_capture_sizes": sorted({1, requests})},
         # No more than these requests need, so that others may use the GPU as well.
         gpu_memory_utilization=0.05,
-        kv_cache_memory_bytes=(requests + 1) * (longest + 64) * layers * ROW_BYTES,
+        kv_cache_memory_bytes=(requests + 1) * (longest + memory.BLOCK) * sum(token),
         disable_log_stats=True,
     )
     engine, serial = llm.llm_engine, 0
