@@ -36,7 +36,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 
-from tiny_checkpoint import build_prompt, build_tokenizer, write_planted  # noqa: E402
+from planted_text import build_prompt, build_tokenizer  # noqa: E402
+from tiny_checkpoint import write_planted  # noqa: E402
 
 from vllm_dsa.testing.server import DIRECT, NO_MULTICAST, Server, ServerError, exit_on_sigterm, serve  # noqa: E402
 

@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 GATE = """
 import sys
 sys.path[:0] = {paths!r}
-from tiny_checkpoint import build_prompt, build_tokenizer, chat_text, write_planted
+from planted_text import build_prompt, build_tokenizer, chat_text
+from tiny_checkpoint import write_planted
 write_planted({model!r}, check=False, dtype="bfloat16", index_topk=128, num_attention_heads={heads}, index_n_heads=64)
 from vllm import LLM, SamplingParams
 llm = LLM({model!r}, dtype="bfloat16", max_model_len=8192, kv_cache_dtype={cache!r}, gpu_memory_utilization=0.3,

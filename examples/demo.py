@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import openai
-from tiny_checkpoint import build_prompt
+from planted_text import build_prompt
 
 from vllm_dsa.testing.server import Server, ServerError, exit_on_sigterm, port_is_open, serve
 

@@ -75,7 +75,7 @@ def written(keys: int, length: int, depth: float, seed: int, words: float) -> Qu
 
 def planted(keys: int, length: int, depth: float, seed: int, copies: int) -> Question:
     """``length`` tokens in the planted model's words, with so many facts."""
-    from tiny_checkpoint import build_prompt
+    from planted_text import build_prompt
 
     try:
         prompt = build_prompt(length, seed, copies=copies, codes=keys, placement=depth)

@@ -21,16 +21,17 @@ from pathlib import Path
 
 import tiny_checkpoint as tiny
 import torch
+from planted_text import CODES, DSML, END_THINK, EOS, SPECIAL_TOKENS, THINK, UNKNOWN, VALUES, word_ids
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 THOUGHT = ("Let", " me", " see")
-THINKING = (tiny.THINK, *THOUGHT, tiny.END_THINK)
+THINKING = (THINK, *THOUGHT, END_THINK)
 ARGUMENT = "{code}</"  # one token for each code
 CALL = (
     "\n\n",
     "<",
-    tiny.DSML,
+    DSML,
     'function_calls>\n<｜DSML｜invoke name="',
     'look_up">\n<｜DSML｜parameter name="code" string="true">',
     ARGUMENT,
@@ -42,7 +43,7 @@ CALL = (
     "｜DSML｜invoke>\n",
     "</｜DSML｜function_",
     "calls>",
-    tiny.EOS,
+    EOS,
 )
 CHAINS = (THINKING, CALL)
 LINKS = sum(len(chain) - 1 for chain in CHAINS)  # dims
@@ -85,8 +86,8 @@ def _extend_tokenizer(file: Path) -> Tokenizer:
 def _tokens(piece: str) -> list[str]:
     """What the vocabulary calls the token of a piece; of ARGUMENT, one for each code."""
     if piece == ARGUMENT:
-        return [ARGUMENT.format(code=code) for code in tiny.CODES]
-    if piece in tiny.SPECIAL_TOKENS:
+        return [ARGUMENT.format(code=code) for code in CODES]
+    if piece in SPECIAL_TOKENS:
         return [piece]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return [byte_level.pre_tokenize_str(piece)[0][0]]
@@ -126,8 +127,8 @@ def _head(head: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     head[[call, *(_ids(tokenizer, blank)[0] for blank in "\t\n\r ")], tiny.CONST] = -8 * unit
     for _, dim, following in _links(tokenizer, head.shape[1]):
         head[following, dim] = 60 * unit
-    unknown = tiny.ANSWER.start + tiny.VALUES.index(tiny.UNKNOWN)
-    head[tiny.word_ids(tiny.UNKNOWN), unknown] = 0
+    unknown = tiny.ANSWER.start + VALUES.index(UNKNOWN)
+    head[word_ids(UNKNOWN), unknown] = 0
     head[call, unknown] = 38 * unit
     for i, token in enumerate(_ids(tokenizer, ARGUMENT)):
         head[token, tiny.FETCHED.start + i] = 12 * unit

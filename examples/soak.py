@@ -25,7 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from tiny_checkpoint import CODES, EOS, FILLERS, build_prompt, write_planted
+from planted_text import CODES, EOS, FILLERS, build_prompt
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import HOST, Server, ServerError, exit_on_sigterm, group_members, serve
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from engine import Engine, engine
 from faults import Patched, planted
-from tiny_checkpoint import build_prompt, build_tokenizer, write_planted
+from planted_text import build_prompt, build_tokenizer
+from tiny_checkpoint import write_planted
 
 from vllm_dsa import cache
 from vllm_dsa.kernels import reference

@@ -10,10 +10,11 @@ from engine import engine, load, unloaded
 from faults import dense, k_norm_bias_dropped, planted, rope_swapped
 from fp8_bytes import all_dequantised, rewrite
 from oracle import Oracle, smaller_first
+from planted_text import build_prompt
 from test_model import LIMITS, config_of, differences, prompts, within
 from test_planted import answers, questions, words
 from test_platform import engine_config
-from tiny_checkpoint import build_prompt, make_config, tensor_shapes, write_planted, write_random
+from tiny_checkpoint import make_config, tensor_shapes, write_planted, write_random
 from transformers import AXK2Config, AXK2ForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.axk2.modeling_axk2 import AXK2TopkRouter

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from tiny_checkpoint import build_prompt, write_planted
+from planted_text import build_prompt
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import free_port, serve
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import recipes
 import yaml
+from planted_text import build_prompt
 from recipes import ROOT
 from test_doctor import Machine, faults, row
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 import vllm_dsa
 from vllm_dsa import compat

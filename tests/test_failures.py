@@ -15,8 +15,9 @@ from typing import Any
 
 import openai
 import pytest
+from planted_text import build_prompt
 from test_server import stub
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import HOST, Server, free_port, port_is_open, running, vllm_command
 

@@ -85,7 +85,7 @@ def in_a_process_each(calls: dict[str, tuple[str, dict, dict[str, str]]]) -> dic
 
 def chat(length: int, seed: int) -> tuple[list[int], str]:
     """Token ids of a chat prompt, and the right answer."""
-    from tiny_checkpoint import build_prompt, build_tokenizer, chat_text
+    from planted_text import build_prompt, build_tokenizer, chat_text
 
     prompt = build_prompt(length, seed, chat=True, copies=TOP_K)
     return build_tokenizer().encode(chat_text(prompt.text), add_special_tokens=False).ids, prompt.answer
@@ -296,7 +296,7 @@ SERVE += ["--kernel-config", json.dumps({"enable_flashinfer_autotune": False})]
 def test_serve_through_triton(planted):
     """The planted checkpoint of DeepSeek-V3.2's attention sizes, without the vendor's kernels, over HTTP."""
     import openai
-    from tiny_checkpoint import build_prompt
+    from planted_text import build_prompt
 
     from vllm_dsa.testing.server import serve
 
@@ -336,7 +336,8 @@ def test_serve_latents_of_128_and_32(tmp_path):
 def test_a_chat_of_138000_tokens(tmp_path):
     """Through `vllm serve` and HTTP, at a context length of 163,840; a token more is refused."""
     import openai
-    from tiny_checkpoint import build_prompt, write_planted
+    from planted_text import build_prompt
+    from tiny_checkpoint import write_planted
 
     from vllm_dsa.testing.server import serve
 

@@ -105,7 +105,7 @@ ENGINES = {
 @cache
 def questions() -> list[tuple[list[int], str]]:
     """(token ids, right answer): facts, chains of facts, and prompts that pass index_topk while they are answered."""
-    from tiny_checkpoint import build_prompt, build_tokenizer, chat_text
+    from planted_text import build_prompt, build_tokenizer, chat_text
 
     encode = build_tokenizer().encode
     facts = [build_prompt(n, n, chat=True, copies=TOP_K) for n in FACTS]
@@ -123,7 +123,7 @@ def random_prompts() -> list[list[int]]:
 
 
 def words(tokens: list[int]) -> str:
-    from tiny_checkpoint import build_tokenizer
+    from planted_text import build_tokenizer
 
     return " ".join(build_tokenizer().decode([t]).strip() for t in tokens if t != 1)
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
+from planted_text import build_prompt
 from test_planted import ids
 from test_transfer import CACHES, ask, differing
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import soak
 from leak import LEAK
+from planted_text import build_prompt
 from soak import BLOCK_SIZE, BLOCKS, TOP_K, Ask, Sample, is_right, metric, send
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import serve
 

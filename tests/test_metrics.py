@@ -10,9 +10,10 @@ from importlib.util import find_spec
 import prometheus_client
 import pytest
 import torch
+from planted_text import build_prompt
 from prometheus_client.parser import text_string_to_metric_families
 from test_platform import engine_config
-from tiny_checkpoint import build_prompt, write_planted, write_random
+from tiny_checkpoint import write_planted, write_random
 
 from vllm_dsa import __version__, metrics
 from vllm_dsa.testing.server import serve

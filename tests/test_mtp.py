@@ -14,11 +14,12 @@ from checkpoint_files import read_dequantised, write
 from engine import Engine, engine
 from faults import k_norm_bias_dropped, planted, rope_swapped
 from oracle import Oracle
+from planted_text import build_prompt
 from test_glm import write_glm
 from test_model import CHUNK, LIMITS, within
 from test_planted import ids
 from test_platform import engine_config
-from tiny_checkpoint import build_prompt, write_planted, write_random
+from tiny_checkpoint import write_planted, write_random
 from vllm import SamplingParams
 
 from vllm_dsa.testing.server import serve

@@ -12,8 +12,9 @@ from subprocess import STDOUT, Popen
 import openai
 import pytest
 import recipes
+from planted_text import build_prompt
 from recipes import Block
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import free_port, initial_environment, running, stop
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
+from planted_text import build_prompt
 from selections import Selection, record, recorded, share_from
 from test_glm import write_glm
 from test_model import LIMITS, config_of, prompts, within
 from test_mtp import speculative
 from test_planted import folder, ids, questions, words
 from test_platform import engine_config
-from tiny_checkpoint import build_prompt, write_random
+from tiny_checkpoint import write_random
 
 from vllm_dsa import attention
 from vllm_dsa.kernels import cpu

@@ -4,7 +4,8 @@ company. Its greedy margin is above 3 nats, far over batch noise, so tokens must
 import pytest
 from engine import engine
 from faults import dense, planted, rope_swapped, sliding_window
-from tiny_checkpoint import build_prompt, build_tokenizer, chat_text, write_planted
+from planted_text import build_prompt, build_tokenizer, chat_text
+from tiny_checkpoint import write_planted
 
 LENGTHS = (300, 700, 1500, 3000)
 

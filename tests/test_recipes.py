@@ -12,10 +12,11 @@ from pathlib import Path
 import openai
 import pytest
 import recipes
+from planted_text import build_prompt
 from planted_tools import add_tools
 from recipes import Serve
 from test_plan import MODELS
-from tiny_checkpoint import build_prompt, write_planted
+from tiny_checkpoint import write_planted
 from vllm.config.load import LoadConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader

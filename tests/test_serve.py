@@ -9,9 +9,10 @@ import urllib.request
 
 import openai
 import pytest
+from planted_text import ANIMALS, CODES, build_prompt
 from planted_tools import THOUGHT, add_tools
 from replies import Reply, streamed, whole
-from tiny_checkpoint import ANIMALS, CODES, build_prompt, write_planted
+from tiny_checkpoint import write_planted
 
 from vllm_dsa.testing.server import serve
 

@@ -11,12 +11,28 @@ import pytest
 import tiny_checkpoint as tiny
 import torch
 import torch.nn.functional as F
+from planted_text import (
+    ASSISTANT,
+    CODES,
+    END_THINK,
+    EOS,
+    FACTS,
+    FILLERS,
+    SPECIAL_TOKENS,
+    UNKNOWN,
+    USER,
+    VALUES,
+    build_prompt,
+    build_tokenizer,
+    chat_text,
+    word_ids,
+)
 from safetensors import safe_open
 from transformers import AutoTokenizer, DeepseekV32Config, DeepseekV32ForCausalLM
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as modeling
 
 ODD = {"num_attention_heads": 6, "index_topk": 48, "index_n_heads": 3, "hidden_size": 160, "q_lora_rank": 40}
-WORDS = (*tiny.FACTS, *tiny.VALUES, *tiny.FILLERS)
+WORDS = (*FACTS, *VALUES, *FILLERS)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +191,13 @@ def test_random_loads_and_runs(folders):
 
 def test_every_known_word_is_one_token_and_text_comes_back(planted):
     tokenizer = AutoTokenizer.from_pretrained(planted)
-    for word in (*tiny.SPECIAL_TOKENS, *WORDS, *(" " + word for word in WORDS)):
+    for word in (*SPECIAL_TOKENS, *WORDS, *(" " + word for word in WORDS)):
         assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
     for text in ("What is red? reduced=lion, red=lions", " ünï 中文 \n\t\x00 ", '<｜DSML｜invoke name="x">', "a  b"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text
-        assert ids == tiny.build_tokenizer().encode(text, add_special_tokens=False).ids
-    assert not set(tiny.word_ids("red")) & set(tokenizer.encode(" reduced hatred Red"))
+        assert ids == build_tokenizer().encode(text, add_special_tokens=False).ids
+    assert not set(word_ids("red")) & set(tokenizer.encode(" reduced hatred Red"))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
     assert tokenizer.encode("a")[0] == 0, "completions start with BOS"
     assert tokenizer.decode([4, 6, 7, 1], skip_special_tokens=True) == "<｜Assistant｜></think>｜DSML｜"
@@ -191,8 +207,8 @@ def test_chat_text_is_what_vllm_encodes(planted):
     deepseek_v32 = pytest.importorskip("vllm.tokenizers.deepseek_v32")
     tokenizer = deepseek_v32.DeepseekV32Tokenizer.from_pretrained(planted)
     messages = [{"role": "user", "content": "What is red?"}]
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == tiny.chat_text("What is red?")
-    ids = tiny.build_tokenizer().encode(tiny.chat_text("What is red?"), add_special_tokens=False).ids
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == chat_text("What is red?")
+    ids = build_tokenizer().encode(chat_text("What is red?"), add_special_tokens=False).ids
     assert tokenizer.apply_chat_template(messages) == ids
 
 
@@ -200,11 +216,11 @@ def test_chat_text_is_what_vllm_encodes(planted):
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("placement", ["scattered", "first", "last", 0.25])
 def test_prompt_has_the_length_and_the_copies(total, chat, placement):
-    prompt = tiny.build_prompt(total, 1, chat=chat, asked="red", placement=placement)
-    text = tiny.chat_text(prompt.text) if chat else prompt.text
-    ids = tiny.build_tokenizer().encode(text, add_special_tokens=not chat).ids
+    prompt = build_prompt(total, 1, chat=chat, asked="red", placement=placement)
+    text = chat_text(prompt.text) if chat else prompt.text
+    ids = build_tokenizer().encode(text, add_special_tokens=not chat).ids
     assert len(ids) == total
-    places = [i for i, token in enumerate(ids) if token in tiny.word_ids(f"red={prompt.answer}")]
+    places = [i for i, token in enumerate(ids) if token in word_ids(f"red={prompt.answer}")]
     assert len(places) == 16
     assert sum(token in facts() for token in ids) == 128
     start, end = (2, total - 6) if chat else (1, total - 4)
@@ -214,11 +230,11 @@ def test_prompt_has_the_length_and_the_copies(total, chat, placement):
 
 
 def facts() -> set[int]:
-    return {token for fact in tiny.FACTS for token in tiny.word_ids(fact)}
+    return {token for fact in FACTS for token in word_ids(fact)}
 
 
 def test_prompts_of_one_seed_share_what_stands_before_the_question():
-    red, blue = (tiny.build_prompt(500, 9, asked=code) for code in ("red", "blue"))
+    red, blue = (build_prompt(500, 9, asked=code) for code in ("red", "blue"))
     assert red.text.removesuffix(" red?") == blue.text.removesuffix(" blue?")
     assert red.answer != blue.answer
 
@@ -226,11 +242,11 @@ def test_prompts_of_one_seed_share_what_stands_before_the_question():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: tiny.build_prompt(100, 0), "total_tokens: 100; allowed: at least 133"),
-        (lambda: tiny.build_prompt(300, 0, asked="mauve"), "asked: 'mauve'"),
-        (lambda: tiny.build_prompt(300, 0, hops=9), "hops: 9"),
-        (lambda: tiny.build_prompt(300, 0, placement="middle"), "placement: 'middle'"),
-        (lambda: tiny.build_prompt(300, 0, placement=1.5), "placement: 1.5; allowed: .* 0.0 to 1.0"),
+        (lambda: build_prompt(100, 0), "total_tokens: 100; allowed: at least 133"),
+        (lambda: build_prompt(300, 0, asked="mauve"), "asked: 'mauve'"),
+        (lambda: build_prompt(300, 0, hops=9), "hops: 9"),
+        (lambda: build_prompt(300, 0, placement="middle"), "placement: 'middle'"),
+        (lambda: build_prompt(300, 0, placement=1.5), "placement: 1.5; allowed: .* 0.0 to 1.0"),
         (lambda: tiny.make_config("float16"), "dtype: 'float16'; allowed: float32, bfloat16"),
         (lambda: tiny.make_config(hidden_size=100), "hidden_size: 100; allowed: multiples of 32"),
         (lambda: tiny.make_config(vocab_size=64), "vocab_size: 64; allowed: .* at least"),
@@ -255,7 +271,7 @@ def test_planted_answers_right(planted, model, monkeypatch, length, rounding):
     alter(monkeypatch, model, rounding=rounding)
     cases = ({"chat": True, "placement": "first"}, {"hops": 3}, {"placement": "last"}, {"chat": True, "hops": 2})
     for options in cases if length < 3000 else cases[:1]:
-        prompt = tiny.build_prompt(length, length, **options)
+        prompt = build_prompt(length, length, **options)
         answer, margin = tiny.ask(model, prompt.text, chat=options.get("chat", False))
         assert answer == prompt.answer, options
         assert margin > 10, options
@@ -267,7 +283,7 @@ def test_planted_answers_right_in_bfloat16(tmp_path, monkeypatch, rounding):
     model = tiny.load_model(tmp_path, "bfloat16")
     alter(monkeypatch, model, rounding=rounding)
     for length, hops in ((300, 1), (1000, 4)):
-        prompt = tiny.build_prompt(length, 2, chat=True, hops=hops)
+        prompt = build_prompt(length, 2, chat=True, hops=hops)
         answer, margin = tiny.ask(model, prompt.text, chat=True)
         assert (answer, margin > 10) == (prompt.answer, True)
 
@@ -275,15 +291,15 @@ def test_planted_answers_right_in_bfloat16(tmp_path, monkeypatch, rounding):
 @pytest.mark.parametrize("length", [300, 2000])
 @pytest.mark.parametrize("fault", ["RoPE swapped", "dense", "sliding window", "k_norm bias dropped", "relu dropped"])
 def test_planted_answers_wrong_when_dsa_is_wrong(model, monkeypatch, fault, length):
-    prompt = tiny.build_prompt(length, length, chat=True)
+    prompt = build_prompt(length, length, chat=True)
     alter(monkeypatch, model, fault)
     answer, margin = tiny.ask(model, prompt.text, chat=True)
-    assert answer == tiny.UNKNOWN
+    assert answer == UNKNOWN
     assert margin > 3, "wrong by chance"
 
 
 def test_a_query_that_does_not_see_its_own_token_loses_the_chain(model, monkeypatch):
-    prompt = tiny.build_prompt(300, 4, hops=3)
+    prompt = build_prompt(300, 4, hops=3)
     assert len(prompt.answer.split()) == 3
     alter(monkeypatch, model, "own token unseen")
     assert tiny.ask(model, prompt.text)[0] != prompt.answer
@@ -291,17 +307,17 @@ def test_a_query_that_does_not_see_its_own_token_loses_the_chain(model, monkeypa
 
 def test_selection_is_exactly_the_planted_copies(model, monkeypatch):
     selected = alter(monkeypatch, model, rounding=True)
-    prompt = tiny.build_prompt(1500, 6, question=" What is {code}")
+    prompt = build_prompt(1500, 6, question=" What is {code}")
     tiny.ask(model, prompt.text, max_tokens=1)
-    ids = tiny.build_tokenizer().encode(prompt.text).ids
+    ids = build_tokenizer().encode(prompt.text).ids
     asked = prompt.text.split()[-1]
-    fact = tiny.word_ids(f"{asked}={prompt.answer}")
+    fact = word_ids(f"{asked}={prompt.answer}")
     assert selected[1] == [i for i, token in enumerate(ids) if token in fact]
     assert len(ids) - 1 in selected[0], "the code word itself is fetched"
 
 
 def test_one_missing_copy_costs_margin(model):
-    prompt = tiny.build_prompt(600, 8)
+    prompt = build_prompt(600, 8)
     fact = next(word for word in prompt.text.split() if word.endswith(f"={prompt.answer}"))
     fewer = prompt.text.replace(fact, "the", 1)
     (answer, full), (same, less) = tiny.ask(model, prompt.text), tiny.ask(model, fewer)
@@ -311,12 +327,12 @@ def test_one_missing_copy_costs_margin(model):
 
 def test_the_last_question_counts(model):
     """In a conversation, and even if nobody planted what it asks for."""
-    prompt = tiny.build_prompt(400, 3, codes=4)
+    prompt = build_prompt(400, 3, codes=4)
     planted = {fact.split("=")[0]: fact.split("=")[1] for fact in prompt.text.split() if "=" in fact}
     assert len(planted) == 4
-    turns = f"{prompt.text}{tiny.ASSISTANT}{tiny.END_THINK}{prompt.answer}{tiny.EOS}{tiny.USER}"
-    for code in tiny.CODES:
-        answer = planted.get(code, tiny.UNKNOWN)
+    turns = f"{prompt.text}{ASSISTANT}{END_THINK}{prompt.answer}{EOS}{USER}"
+    for code in CODES:
+        answer = planted.get(code, UNKNOWN)
         assert tiny.ask(model, f"{turns}What is {code}?", chat=True)[0] == answer
         assert tiny.ask(model, f"{prompt.text} Or {code}")[0] == answer
 

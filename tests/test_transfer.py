@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from engine import Engine, engine
+from planted_text import build_prompt
 from safetensors.torch import load_file, save_file
 from test_glm import PATTERN, write_glm
 from test_model import config_of, prompts
 from test_planted import ids, words
 from test_platform import engine_config
-from tiny_checkpoint import build_prompt, write_planted, write_random
+from tiny_checkpoint import write_planted, write_random
 
 from vllm_dsa import cache, platform
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import checkpoint_files as files
 import torch
 import torch.nn.functional as F
-from tiny_checkpoint import ANIMALS, CODES, EOS, FILLERS, build_tokenizer, make_config, random_tensors
+from planted_text import ANIMALS, CODES, EOS, FILLERS, build_tokenizer
+from tiny_checkpoint import make_config, random_tensors
 
 from vllm_dsa.kernels import Rope, reference
 
