@@ -185,6 +185,9 @@ def _write(shape: Shape) -> None:
     triton_write.write_keys(latent, rope_key, index_key, norms, rope, positions, positions.clone(), *caches)
     query = torch.zeros(4, shape.heads, shape.rank + shape.rope_dim, dtype=shape.dtype)
     triton_write.write_queries(rope_query, index_query, head_weights, rope, positions, query)
+    # Decodes on two streams, and layers that share a selection.
+    triton_write.write_queries(rope_query[:, :0], index_query, head_weights, rope, positions, query[:, :0])
+    triton_write.write_queries(rope_query, None, None, rope, positions, query)
 
 
 def _select(shape: Shape) -> None:

@@ -93,8 +93,19 @@ def chat(length: int, seed: int) -> tuple[list[int], str]:
 
 def mixed_schedule(path: str, **options: Any) -> dict[str, Any]:
     """Seven short prompts and a long one, in steps of 3 to 600 tokens: tokens, their log-probabilities and answers of
-    each, and (graph replays, tokens, requests) of each step."""
+    each, (graph replays, tokens, requests) of each step, and on how many streams layers ran."""
     from vllm import SamplingParams
+
+    from vllm_dsa.attention import DSAAttention
+
+    streams, second_stream = set(), DSAAttention.second_stream
+
+    def noted(layer: DSAAttention) -> torch.cuda.Stream | None:
+        found = second_stream(layer)
+        streams.add(1 if found is None else 2)
+        return found
+
+    DSAAttention.second_stream = noted
 
     count, replay = [0], torch.cuda.CUDAGraph.replay
 
@@ -121,6 +132,7 @@ def mixed_schedule(path: str, **options: Any) -> dict[str, Any]:
             "tokens": [list(o.token_ids) for o in found_outputs],
             "scores": [[s[t].logprob for s, t in zip(o.logprobs, o.token_ids, strict=True)] for o in found_outputs],
             "answers": [o.text.split()[0] for o in found_outputs],
+            "streams": sorted(streams),
         }
 
 
@@ -153,6 +165,7 @@ def test_graphs_change_nothing(heads, kind, planted):
         pieces = 3  # before, between and after the attention of two layers
         want = {"none": (0, 0), "piecewise": (pieces, pieces), "full": (1, pieces)}[name]
         assert replays == {"decode": [want[0]], "mixed": [want[1]]}
+        assert result["streams"] == ([1, 2] if name == "full" else [1])
         assert result["answers"] == [chat(length, length)[1] for length in LENGTHS]
     for name in ("piecewise", "full"):
         assert [step[1:] for step in results[name]["steps"]] == [step[1:] for step in results["none"]["steps"]]
@@ -166,6 +179,7 @@ def test_graphs_change_nothing(heads, kind, planted):
         assert difference.max() <= SCORES
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
 def test_no_synchronisation_in_decode(eager, planted, monkeypatch):
     """Neither building a step's metadata nor the model waits for the GPU, in 100 decode steps."""
@@ -195,6 +209,7 @@ def test_no_synchronisation_in_decode(eager, planted, monkeypatch):
     assert not eager or calls["forward"] >= 100
 
 
+@pytest.mark.own_process
 def test_memory_and_compilation(tmp_path, monkeypatch):
     """64 requests of 128k tokens take no more memory than was profiled, and nothing is compiled after the start."""
     for name in ("TRITON_CACHE_DIR", "DG_JIT_CACHE_DIR", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):

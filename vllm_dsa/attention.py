@@ -4,6 +4,7 @@ MLA is run absorbed: W_UK is folded into the query and W_UV into the output, so 
 as they are cached, and one row serves all heads.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from vllm_dsa import cache, envs
 from vllm_dsa.backend import DSABackend, DSAMetadata, kernel_request
 from vllm_dsa.compat import (
     AttentionLayerBase,
+    BreakableCUDAGraphCapture,
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     MLAAttentionSpec,
     RMSNorm,
     RowParallelLinear,
+    aux_stream,
     dequantised_weight,
     eager_break_during_capture,
     get_current_vllm_config,
@@ -162,7 +165,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
         """Run _step on made-up caches, so that every kernel is compiled before the first request: a prefill that
-        selects, one that does not, one decode, and many."""
+        selects, one that does not, one decode, and many, these also on two streams."""
         top_k, device = self.config.index_topk, positions.device
         block_size = self.vllm_config.cache_config.block_size
         blocks = -(-(top_k + WARM_ROWS) // block_size)
@@ -174,11 +177,12 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         width = max(blocks, -(-self.vllm_config.model_config.max_model_len // block_size))
         table = torch.zeros(1, width, dtype=torch.int32, device=device)
         table[0, :blocks] = torch.arange(blocks, dtype=torch.int32, device=device)
-        for first, count, decodes in (
-            (top_k, WARM_ROWS, 0),
-            (0, WARM_ROWS, 0),
-            (top_k, 1, 1),
-            (top_k, WARM_ROWS, WARM_ROWS),
+        for first, count, decodes, beside in (
+            (top_k, WARM_ROWS, 0, None),
+            (0, WARM_ROWS, 0, None),
+            (top_k, 1, 1, None),
+            (top_k, WARM_ROWS, WARM_ROWS, None),
+            (top_k, WARM_ROWS, WARM_ROWS, aux_stream()),
         ):
             count = min(count, len(positions))
             rows = Rows(
@@ -191,7 +195,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
                 decodes=min(decodes, count),
             )
             slots = torch.full((count,), -1, dtype=torch.int64, device=device)
-            _step(self, DSAMetadata(rows, slots, count), torch.zeros_like(positions), *tensors)
+            _fork(beside)
+            _step(self, DSAMetadata(rows, slots, count), torch.zeros_like(positions), *tensors, beside)
         for owner, bound in zip(owners, caches, strict=True):
             owner.kv_cache = bound
         self.warm = True
@@ -207,6 +212,21 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         if versions != self.absorbed_versions:
             self.process_weights_after_loading(self.dtype)
 
+    def second_stream(self) -> torch.cuda.Stream | None:
+        """Where keys and queries are made while the indexer scores and selects, if anywhere: in decodes that are
+        captured as one CUDA graph. A prefill's kernels fill the GPU, and kernels launched one by one wait for the host.
+
+        What is allocated on one stream may be read on the other: it lives until the layer has joined both, and the
+        next layer begins with the second waiting for the first. Two micro-batches at a time would break that.
+        """
+        if not self.cos_sin.is_cuda or not torch.cuda.is_current_stream_capturing():
+            return None
+        if BreakableCUDAGraphCapture.is_active() or get_forward_context().attn_metadata is None:
+            return None
+        if self.vllm_config.parallel_config.use_ubatching:
+            return None
+        return aux_stream()
+
     def queries(self, query_latent: torch.Tensor, raw_latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query latents [T, q_lora_rank], normed and raw, to queries [T, N, nope + rope] and what output() gets as its
         gate."""
@@ -218,19 +238,27 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T] int64, hidden_states [T, hidden] to the layer's output [T, hidden], summed over ranks."""
-        config = self.config
+        config, index_query, head_weights, index_key = self.config, None, None, None
+        selects = self.indexer is not None and self.kernels.select is not None and not self.reuses_selection
+        beside = self.second_stream() if selects else None
+        if selects:
+            _fork(beside)
+            with _on(beside):
+                head_weights, index_key = self.indexer.weights_and_key(hidden_states)
         raw_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
         query_latent = self.q_a_layernorm(raw_latent)
-        projected, gate = self.queries(query_latent, raw_latent)
-        index_query = head_weights = index_key = None
-        selects = self.kernels.select is not None and not self.reuses_selection
-        if self.indexer is not None and selects:
-            index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
+        _fork(beside)
+        with _on(beside):
+            projected, gate = self.queries(query_latent, raw_latent)
+        if selects:
+            index_query = self.indexer.queries(query_latent)
 
         values = hidden_states.new_empty(len(hidden_states), self.heads, config.v_head_dim)
-        _write_select_attend(self, positions, latent, rope_key, index_key, projected, index_query, head_weights, values)
+        _write_select_attend(
+            self, positions, latent, rope_key, index_key, projected, index_query, head_weights, values, beside
+        )
         return self.output(values, gate)
 
 
@@ -245,6 +273,7 @@ def _write_select_attend(
     index_query: torch.Tensor | None,
     head_weights: torch.Tensor | None,
     values: torch.Tensor,
+    beside: torch.cuda.Stream | None,
 ) -> None:
     """The three operations on the step's real rows: ``values`` [T, N, v] of ``query`` [T, N, nope + P], which is left
     rotated in part; zero in padding rows."""
@@ -260,7 +289,7 @@ def _write_select_attend(
     owners = [layer, *(() if layer.indexer is None else (layer.indexer.cache,))] if connector else []
     for owner in owners:
         connector.wait_for_layer_load(owner.layer_name)
-    _step(layer, metadata, positions, latent, rope_key, index_key, query, index_query, head_weights, values)
+    _step(layer, metadata, positions, latent, rope_key, index_key, query, index_query, head_weights, values, beside)
     for owner in owners:
         connector.save_kv_layer(owner.layer_name, owner.kv_cache, metadata)
 
@@ -276,6 +305,7 @@ def _step(
     index_query: torch.Tensor | None,
     head_weights: torch.Tensor | None,
     values: torch.Tensor,
+    beside: torch.cuda.Stream | None,
 ) -> None:
     n, config, kernels, rows, rope = metadata.num_tokens, layer.config, layer.kernels, metadata.rows, layer.rope
     values[n:].zero_()
@@ -285,25 +315,31 @@ def _step(
     dense = dense_parts(rows, config.index_topk, kernels.dense_rows) if kernels.attend_dense else ()
     sparse = between([part for _, part in dense], n)
 
-    absorbed = query.new_empty(n, kernels.query_heads, config.latent_dim)
-    own_heads = absorbed[:, : layer.heads]
-    for part in sparse:
-        torch.bmm(
-            nope_query[part].transpose(0, 1),
-            layer.w_uk,
-            out=own_heads[part, :, : config.kv_lora_rank].transpose(0, 1),
-        )
     keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
-    if index_key is None:
-        kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
-        kernels.write_queries(rope_query, None, None, rope, positions, own_heads)
-    else:
-        index_pages = layer.indexer.cache.pages
-        kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
+    with _on(beside):
+        if index_key is None:
+            kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
+        else:
+            kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, layer.indexer.cache.pages)
+    _join(beside)
+    with _on(beside):
+        absorbed = query.new_empty(n, kernels.query_heads, config.latent_dim)
+        own_heads = absorbed[:, : layer.heads]
+        for part in sparse:
+            torch.bmm(
+                nope_query[part].transpose(0, 1),
+                layer.w_uk,
+                out=own_heads[part, :, : config.kv_lora_rank].transpose(0, 1),
+            )
+        if index_key is None or beside is not None:
+            kernels.write_queries(rope_query, None, None, rope, positions, own_heads)
+    if index_key is not None:
+        here = slice(None) if beside is None else slice(0, 0)  # heads whose queries are not rotated yet
         codes, weights = kernels.write_queries(
-            rope_query, index_query[:n], head_weights[:n], rope, positions, own_heads
+            rope_query[:, here], index_query[:n], head_weights[:n], rope, positions, own_heads[:, here]
         )
-        _select(kernels, codes, weights, index_pages, rows, selected)
+        _select(kernels, codes, weights, layer.indexer.cache.pages, rows, selected)
+    _join(beside)
     if sparse:
         attended = query.new_empty(n, layer.heads, config.kv_lora_rank)
         kernels.attend(absorbed, latent_pages, without(rows, dense), selected, config.softmax_scale, attended)
@@ -321,6 +357,22 @@ def _step(
             config.softmax_scale,
             values[part],
         )
+
+
+def _fork(beside: torch.cuda.Stream | None) -> None:
+    """What is launched on ``beside`` from now on sees what was launched before."""
+    if beside is not None:
+        beside.wait_stream(torch.cuda.current_stream())
+
+
+def _on(beside: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    return nullcontext() if beside is None else torch.cuda.stream(beside)
+
+
+def _join(beside: torch.cuda.Stream | None) -> None:
+    """What is launched from now on sees what was launched on ``beside`` before."""
+    if beside is not None:
+        torch.cuda.current_stream().wait_stream(beside)
 
 
 def _select(

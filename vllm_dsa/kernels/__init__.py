@@ -16,7 +16,7 @@ write: normalise, rotate, quantise the new tokens
         rope_query [T, N, P] is rotated into ``query[..., R:]``, query [T, N, R + P] being the model dtype.
         index_query [T, H, D] (model dtype) comes back as e4m3 codes [T, H, D] (torch.float8_e4m3fn); its
         power-of-two scale times H**-0.5 * D**-0.5 is folded into head_weights [T, H], float32. index_query and
-        head_weights are None together; then None is returned.
+        head_weights are None together; then None is returned. N may be 0: then nothing is rotated.
 
 select: score the index-key cache, return the top-k positions of every row
     select(codes, weights, index_cache, rows, out) -> None

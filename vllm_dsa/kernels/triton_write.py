@@ -232,7 +232,7 @@ def write_queries(
     if tokens:
         config = triton_configs.write(query.device)
         block_h = min(config.index_heads, triton.next_power_of_2(max(1, index_heads)))
-        block_n = min(config.heads, triton.next_power_of_2(heads))
+        block_n = min(config.heads, triton.next_power_of_2(max(1, heads)))
         index_blocks = triton.cdiv(index_heads, block_h)
         _write_queries_kernel[(tokens, index_blocks + triton.cdiv(heads, block_n))](
             rope_query,

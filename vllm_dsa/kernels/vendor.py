@@ -154,7 +154,10 @@ def attend(
     if through_triton:
         triton_attend.attend_decodes(*step)
     elif rows.decodes:
-        _attend_decodes(*step)
+        sums = _attend_decodes(*step[:-1])
+        if rows.decodes == tokens:
+            return sums
+        lse[: rows.decodes] = sums
     if heads <= TRITON_HEADS:
         triton_attend.attend_prefills(*step)
     elif rows.decodes < tokens:
@@ -171,14 +174,12 @@ def _attend_decodes(
     selected: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     from vllm_dsa.compat import flash_mla_decode, flash_mla_schedule
 
     mine, heads = slice(0, rows.decodes), out.shape[1]
     if latent_cache.dtype != torch.uint8:
-        _attend_pages(query, latent_cache, rows, mine, selected, scale, out, lse)
-        return
+        return _attend_pages(query, latent_cache, rows, mine, selected, scale, out)
     padded = query[mine] if query.shape[1] in DECODE_HEADS else _padded(query[mine])
     schedule = rows.once("flash_mla", flash_mla_schedule)
     slots = to_slots(selected, rows, mine, rows.block_size)
@@ -188,7 +189,7 @@ def _attend_decodes(
     )
     if direct is None:
         out[mine].copy_(values[:, 0, :heads])
-    lse[mine] = sums[:, :heads, 0]
+    return sums[:, :heads, 0]
 
 
 def _padded(query: torch.Tensor) -> torch.Tensor:
@@ -210,7 +211,8 @@ def _attend_prefills(
     from vllm_dsa.compat import gather_latents
 
     if latent_cache.dtype != torch.uint8:
-        _attend_pages(query, latent_cache, rows, slice(rows.decodes, len(out)), selected, scale, out, lse)
+        mine = slice(rows.decodes, len(out))
+        lse[mine] = _attend_pages(query, latent_cache, rows, mine, selected, scale, out)
         return
     for part in _gathered(rows, selected.shape[1]):
         latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
@@ -219,7 +221,7 @@ def _attend_prefills(
         chosen = selected[part.rows]
         at = torch.empty_like(chosen)
         _shift[(len(chosen),)](chosen, part.row_starts, at, chosen.shape[1], chosen.stride(0), BLOCK=1024)
-        _attend_rows(query, latents, rows, part.rows, at, scale, out, lse)
+        lse[part.rows] = _attend_rows(query, latents, rows, part.rows, at, scale, out)
 
 
 def _attend_pages(
@@ -230,10 +232,9 @@ def _attend_pages(
     selected: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     latents, page_rows = _flat_rows(latent_cache)
-    _attend_rows(query, latents, rows, mine, to_slots(selected, rows, mine, page_rows), scale, out, lse)
+    return _attend_rows(query, latents, rows, mine, to_slots(selected, rows, mine, page_rows), scale, out)
 
 
 def _attend_rows(
@@ -244,15 +245,14 @@ def _attend_rows(
     at: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Rows ``mine`` over the rows ``at`` of latents [n, 576]."""
+) -> torch.Tensor:
+    """Rows ``mine`` over the rows ``at`` of latents [n, 576]; the log-sum-exp of these rows."""
     from vllm_dsa.compat import flash_mla_prefill
 
-    valid = rows.lengths[mine].clamp(max=at.shape[1])
-    lse[mine] = flash_mla_prefill(
-        query[mine, : out.shape[1]], latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out[mine]
-    )
+    top_k, name = at.shape[1], ("valid", mine.start, mine.stop, id(rows.lengths))  # ``without`` has other lengths
+    valid = rows.once((*name, top_k), lambda: rows.lengths[mine].clamp(max=top_k))
+    query = query[mine, : out.shape[1]]
+    return flash_mla_prefill(query, latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out[mine])
 
 
 def attend_dense(

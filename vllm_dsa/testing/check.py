@@ -24,7 +24,7 @@ def check_write(
     seed: int = 0,
     tolerance: Mapping[torch.dtype, float] = compare.TOLERANCE,
 ) -> None:
-    """Both caches' bytes, the rotated queries, the index queries and their weights."""
+    """Both caches' bytes, the rotated queries, the index queries and their weights; queries also in two calls."""
     got, want = build(case, device, seed), build(case, device, seed)
     kernels.write_keys(*got.keys())
     reference.write_keys(*want.keys())
@@ -36,6 +36,13 @@ def check_write(
     compare.assert_close("rotated query", got.query, want.query, tolerance[case.dtype])
     compare.assert_codes_close("index query codes", codes, want_codes)
     compare.assert_close("head weights", weights, want_weights, tolerance[torch.float32])
+
+    rope_query, index_query, head_weights, rope, positions, query = build(case, device, seed).queries()
+    assert kernels.write_queries(rope_query, None, None, rope, positions, query) is None
+    compare.assert_same_bits("query rotated alone", query[..., case.rank :], got.query[..., case.rank :])
+    alone = kernels.write_queries(rope_query[:, :0], index_query, head_weights, rope, positions, query[:, :0])
+    for name, part, whole in zip(("codes", "head weights"), alone, (codes, weights), strict=True):
+        compare.assert_same_bits(f"{name} of index queries alone", part, whole)
 
 
 def check_select(

@@ -1,0 +1,136 @@
+"""Decodes on two streams: no operation may read or write what another one, not ordered before it, writes or reads.
+
+The layers run as they do in a captured decode, on a CPU: every operation of torch is counted to the stream that would
+launch it, and held against the order that the streams' waits establish.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from engine import engine
+from tiny_checkpoint import write_random
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vllm_dsa import attention
+from vllm_dsa.testing import compare
+
+SIZES = dict(num_hidden_layers=2, num_attention_heads=2, index_n_heads=8, index_topk=16)
+PROMPTS = [torch.randint(8, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (12, 90)]
+ORDER = ("fork", "fork", "join", "join")  # of a layer that selects
+WAITS = ("the indexer's input", "the query latent", "written keys", "queries")
+
+
+class Streams(TorchDispatchMode):
+    """Two streams, 0 and 1, each with a clock of what it has seen of both. The wait ``dropped`` does not wait.
+
+    races: operations on a storage that another one, in no order with them, writes, or that they write.
+    """
+
+    def __init__(self, inputs: list[torch.Tensor], dropped: int | None) -> None:
+        super().__init__()
+        self.now, self.waits, self.dropped = 0, [], dropped
+        self.clocks = [[1, 0], [0, 0]]
+        self.written: dict[int, tuple[int, int]] = {}
+        self.read: dict[int, list[tuple[int, int]]] = {}
+        self.kept: list[torch.UntypedStorage] = []  # else a later tensor may have an earlier one's address
+        self.ran, self.races = [0, 0], []
+        for x in inputs:
+            self.access(x, 0, True, "input")
+
+    def wait(self, name: str, waiting: int, other: int) -> None:
+        if len(self.waits) != self.dropped:
+            self.clocks[waiting] = [max(pair) for pair in zip(*self.clocks, strict=True)]
+        self.waits.append(name)
+
+    @contextmanager
+    def on(self, stream: int):
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def access(self, x: torch.Tensor, stream: int, writes: bool, what: str) -> None:
+        storage = x.untyped_storage()
+        self.kept.append(storage)
+        key, seen = storage._cdata, self.clocks[stream]
+        earlier = [self.written[key]] if key in self.written else []
+        earlier += self.read.get(key, []) if writes else []
+        if any(seen[owner] < time for owner, time in earlier):
+            self.races.append(f"{what} on stream {stream}: {tuple(x.shape)}")
+        if writes:
+            self.written[key] = (stream, seen[stream])
+        else:
+            self.read.setdefault(key, []).append((stream, seen[stream]))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        schema, stream = func._schema, self.now
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+            return returned  # a view launches nothing
+        if str(func).startswith(("aten.empty", "aten.new_empty", "aten.empty_like")):
+            return returned
+        self.ran[stream] += 1
+        self.clocks[stream][stream] += 1
+        given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
+        for writes in (False, True):
+            for argument, value in given:
+                if writes == (argument.alias_info is not None and argument.alias_info.is_write):
+                    for x in tree_leaves(value):
+                        if isinstance(x, torch.Tensor) and x.numel():
+                            self.access(x, stream, writes, str(func))
+        for x in tree_leaves(returned):
+            if isinstance(x, torch.Tensor) and x.numel():
+                self.access(x, stream, True, str(func))
+        return returned
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    path = tmp_path_factory.mktemp("random")
+    write_random(path, seed=1, **SIZES)
+    with engine(path) as started:
+        yield started
+
+
+@pytest.fixture
+def simulate(running, monkeypatch):
+    """simulate(dropped): every layer runs as it is, then on two streams without that wait; the latter, in order."""
+
+    def run(dropped=None):
+        done, now = [], []
+        forward, on = attention.DSAAttention.forward, attention._on
+
+        def twice(layer, positions, hidden_states):
+            want = forward(layer, positions, hidden_states)
+            now.append(Streams([positions, hidden_states], dropped))
+            with now[0]:
+                got = forward(layer, positions, hidden_states)
+            done.append(now.pop())
+            compare.assert_same_bits("output of a layer on two streams", got, want)
+            return got
+
+        monkeypatch.setattr(attention.DSAAttention, "forward", twice)
+        monkeypatch.setattr(attention.DSAAttention, "second_stream", lambda _: now[0] if now else None)
+        monkeypatch.setattr(attention, "_fork", lambda streams: streams and streams.wait("fork", 1, 0))
+        monkeypatch.setattr(attention, "_join", lambda streams: streams and streams.wait("join", 0, 1))
+        monkeypatch.setattr(attention, "_on", lambda streams: streams.on(1) if streams else on(None))
+        running.generate(PROMPTS, 3, ignore_eos=True)
+        return done
+
+    return run
+
+
+def test_no_operation_races(simulate):
+    done = simulate()
+    assert len(done) >= 3 * SIZES["num_hidden_layers"]
+    for streams in done:
+        assert tuple(streams.waits) == ORDER
+        assert min(streams.ran) >= 5, streams.ran
+        assert not streams.races
+
+
+@pytest.mark.parametrize("dropped", range(len(ORDER)), ids=WAITS)
+def test_each_wait_is_needed(dropped, simulate):
+    assert all(streams.races for streams in simulate(dropped))
