@@ -18,8 +18,8 @@ from vllm_dsa.testing import compare
 
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, index_n_heads=8, index_topk=16)
 PROMPTS = [torch.randint(8, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (12, 90)]
-ORDER = ("fork", "fork", "join", "join")  # of a layer that selects
-WAITS = ("the indexer's input", "the query latent", "written keys", "queries")
+ORDER = ("fork", "join")  # of a layer that selects
+DROPPED, NAMES = (None, 0, 1), ("all waits", *(f"no {name}" for name in ORDER))
 
 
 class Streams(TorchDispatchMode):
@@ -95,42 +95,50 @@ def running(tmp_path_factory):
 
 
 @pytest.fixture
-def simulate(running, monkeypatch):
-    """simulate(dropped): every layer runs as it is, then on two streams without that wait; the latter, in order."""
+def simulate(monkeypatch):
+    """simulate(run, inputs, dropped): the streams that run() used of inputs, one of their waits dropped."""
+    now, on = [], attention._on
+    monkeypatch.setattr(attention.DSAAttention, "second_stream", lambda _: now[0] if now else None)
+    monkeypatch.setattr(attention, "aux_stream", lambda: now[0])
+    monkeypatch.setattr(attention, "_fork", lambda streams: streams and streams.wait("fork", 1, 0))
+    monkeypatch.setattr(attention, "_join", lambda streams: streams and streams.wait("join", 0, 1))
+    monkeypatch.setattr(attention, "_on", lambda streams: streams.on(1) if streams else on(None))
 
-    def run(dropped=None):
-        done, now = [], []
-        forward, on = attention.DSAAttention.forward, attention._on
-
-        def twice(layer, positions, hidden_states):
-            want = forward(layer, positions, hidden_states)
-            now.append(Streams([positions, hidden_states], dropped))
-            with now[0]:
-                got = forward(layer, positions, hidden_states)
-            done.append(now.pop())
-            compare.assert_same_bits("output of a layer on two streams", got, want)
-            return got
-
-        monkeypatch.setattr(attention.DSAAttention, "forward", twice)
-        monkeypatch.setattr(attention.DSAAttention, "second_stream", lambda _: now[0] if now else None)
-        monkeypatch.setattr(attention, "_fork", lambda streams: streams and streams.wait("fork", 1, 0))
-        monkeypatch.setattr(attention, "_join", lambda streams: streams and streams.wait("join", 0, 1))
-        monkeypatch.setattr(attention, "_on", lambda streams: streams.on(1) if streams else on(None))
-        running.generate(PROMPTS, 3, ignore_eos=True)
-        return done
-
-    return run
-
-
-def test_no_operation_races(simulate):
-    done = simulate()
-    assert len(done) >= 3 * SIZES["num_hidden_layers"]
-    for streams in done:
+    def simulate(run, inputs, dropped):
+        now.append(Streams(inputs, dropped))
+        with now[0]:
+            run()
+        streams = now.pop()
         assert tuple(streams.waits) == ORDER
         assert min(streams.ran) >= 5, streams.ran
-        assert not streams.races
+        return streams
+
+    return simulate
 
 
-@pytest.mark.parametrize("dropped", range(len(ORDER)), ids=WAITS)
-def test_each_wait_is_needed(dropped, simulate):
-    assert all(streams.races for streams in simulate(dropped))
+@pytest.mark.parametrize("dropped", DROPPED, ids=NAMES)
+def test_a_layer(dropped, running, simulate, monkeypatch):
+    """Every layer of every step, as it is and then on two streams."""
+    forward, done = attention.DSAAttention.forward, []
+
+    def twice(layer, *inputs):
+        want, got = forward(layer, *inputs), []
+        done.append(simulate(lambda: got.append(forward(layer, *inputs)), inputs, dropped))
+        compare.assert_same_bits("output of a layer on two streams", got[0], want)
+        return want
+
+    monkeypatch.setattr(attention.DSAAttention, "forward", twice)
+    running.generate(PROMPTS, 3, ignore_eos=True)
+    assert len(done) >= 3 * SIZES["num_hidden_layers"]
+    assert all(bool(streams.races) == (dropped is not None) for streams in done)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dropped", DROPPED, ids=NAMES)
+def test_warm_up(dropped, running, simulate, monkeypatch):
+    steps, step = [], attention._step
+    monkeypatch.setattr(attention, "_step", lambda *args: steps.append(args) or step(*args))
+    running.generate(PROMPTS, 1)
+    layer, _, *tensors, _ = steps[0]
+    streams = simulate(lambda: layer.warm_up(*tensors), tensors, dropped)
+    assert bool(streams.races) == (dropped is not None)

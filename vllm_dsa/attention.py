@@ -195,8 +195,9 @@ class DSAAttention(nn.Module, AttentionLayerBase):
                 decodes=min(decodes, count),
             )
             slots = torch.full((count,), -1, dtype=torch.int64, device=device)
+            places = torch.zeros_like(positions)
             _fork(beside)
-            _step(self, DSAMetadata(rows, slots, count), torch.zeros_like(positions), *tensors, beside)
+            _step(self, DSAMetadata(rows, slots, count), places, *tensors, beside)
         for owner, bound in zip(owners, caches, strict=True):
             owner.kv_cache = bound
         self.warm = True
@@ -213,8 +214,8 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             self.process_weights_after_loading(self.dtype)
 
     def second_stream(self) -> torch.cuda.Stream | None:
-        """Where keys and queries are made while the indexer scores and selects, if anywhere: in decodes that are
-        captured as one CUDA graph. A prefill's kernels fill the GPU, and kernels launched one by one wait for the host.
+        """Where the queries are made while the indexer scores and selects, if anywhere: in decodes that are captured as
+        one CUDA graph. A prefill's kernels fill the GPU, and kernels launched one by one wait for the host.
 
         What is allocated on one stream may be read on the other: it lives until the layer has joined both, and the
         next layer begins with the second waiting for the first. Two micro-batches at a time would break that.
@@ -238,22 +239,18 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T] int64, hidden_states [T, hidden] to the layer's output [T, hidden], summed over ranks."""
-        config, index_query, head_weights, index_key = self.config, None, None, None
-        selects = self.indexer is not None and self.kernels.select is not None and not self.reuses_selection
-        beside = self.second_stream() if selects else None
-        if selects:
-            _fork(beside)
-            with _on(beside):
-                head_weights, index_key = self.indexer.weights_and_key(hidden_states)
+        config = self.config
         raw_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
         query_latent = self.q_a_layernorm(raw_latent)
+        index_query = head_weights = index_key = beside = None
+        if self.indexer is not None and self.kernels.select is not None and not self.reuses_selection:
+            index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
+            beside = self.second_stream()
         _fork(beside)
         with _on(beside):
             projected, gate = self.queries(query_latent, raw_latent)
-        if selects:
-            index_query = self.indexer.queries(query_latent)
 
         values = hidden_states.new_empty(len(hidden_states), self.heads, config.v_head_dim)
         _write_select_attend(
@@ -315,13 +312,6 @@ def _step(
     dense = dense_parts(rows, config.index_topk, kernels.dense_rows) if kernels.attend_dense else ()
     sparse = between([part for _, part in dense], n)
 
-    keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
-    with _on(beside):
-        if index_key is None:
-            kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
-        else:
-            kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, layer.indexer.cache.pages)
-    _join(beside)
     with _on(beside):
         absorbed = query.new_empty(n, kernels.query_heads, config.latent_dim)
         own_heads = absorbed[:, : layer.heads]
@@ -333,12 +323,17 @@ def _step(
             )
         if index_key is None or beside is not None:
             kernels.write_queries(rope_query, None, None, rope, positions, own_heads)
-    if index_key is not None:
+    keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
+    if index_key is None:
+        kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
+    else:
+        index_pages = layer.indexer.cache.pages
+        kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
         here = slice(None) if beside is None else slice(0, 0)  # heads whose queries are not rotated yet
         codes, weights = kernels.write_queries(
             rope_query[:, here], index_query[:n], head_weights[:n], rope, positions, own_heads[:, here]
         )
-        _select(kernels, codes, weights, layer.indexer.cache.pages, rows, selected)
+        _select(kernels, codes, weights, index_pages, rows, selected)
     _join(beside)
     if sparse:
         attended = query.new_empty(n, layer.heads, config.kv_lora_rank)
