@@ -5,6 +5,7 @@ launch it, and held against the order that the streams' waits establish.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,3 +143,16 @@ def test_warm_up(dropped, running, simulate, monkeypatch):
     layer, _, *tensors, _ = steps[0]
     streams = simulate(lambda: layer.warm_up(*tensors), tensors, dropped)
     assert bool(streams.races) == (dropped is not None)
+
+
+@pytest.mark.parametrize("but", [None, "a CPU", "launched", "in pieces", "profiled", "micro-batches"])
+def test_only_in_a_step_that_is_captured_as_one_graph(but, monkeypatch):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=but == "micro-batches"))
+    layer = SimpleNamespace(cos_sin=SimpleNamespace(is_cuda=but != "a CPU"), vllm_config=config)
+    context = SimpleNamespace(attn_metadata=None if but == "profiled" else {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: but != "launched")
+    capture = SimpleNamespace(is_active=lambda: but == "in pieces")
+    monkeypatch.setattr(attention, "BreakableCUDAGraphCapture", capture)
+    monkeypatch.setattr(attention, "get_forward_context", lambda: context)
+    monkeypatch.setattr(attention, "aux_stream", lambda: "the second")
+    assert attention.DSAAttention.second_stream(layer) == (None if but else "the second")
