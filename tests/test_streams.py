@@ -70,7 +70,7 @@ class Streams(TorchDispatchMode):
         schema, stream = func._schema, self.now
         if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
             return returned  # a view launches nothing
-        if str(func).startswith(("aten.empty", "aten.new_empty", "aten.empty_like")):
+        if str(func).startswith(("aten.empty", "aten.new_empty")):
             return returned
         self.ran[stream] += 1
         self.clocks[stream][stream] += 1
