@@ -155,12 +155,14 @@ def latent_norm_dropped(layer: Any) -> dict[str, Any]:
 
 def index_query_of_raw_latent(layer: Any) -> dict[str, Any]:
     """wq_b reads the query latent before q_a_layernorm."""
-    forward, rank = layer.indexer.forward, layer.config.q_lora_rank
+    weights_and_key, queries, rank = layer.indexer.weights_and_key, layer.indexer.queries, layer.config.q_lora_rank
+    raw = []
 
-    def faulty(hidden_states, query_latent):
-        return forward(hidden_states, layer.fused_qkv_a_proj(hidden_states)[0][:, :rank].contiguous())
+    def of_hidden(hidden_states):
+        raw[:] = [layer.fused_qkv_a_proj(hidden_states)[0][:, :rank].contiguous()]
+        return weights_and_key(hidden_states)
 
-    return {"indexer.forward": faulty}
+    return {"indexer.weights_and_key": of_hidden, "indexer.queries": lambda _: queries(*raw)}
 
 
 def relu_dropped(layer: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 That is what shows that the checks of test_kernels.py can fail.
 """
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -19,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def changed(function, **changes):
     """A provider's function with some arguments changed first: name=f(value, all arguments by name)."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    signature = inspect.signature(function)
 
     def faulty(*args):
-        given = dict(zip(names, args, strict=True))
+        given = signature.bind(*args).arguments
         return function(**given | {name: change(given[name], given) for name, change in changes.items()})
 
     return replaced(cpu, **{function.__name__: faulty})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_dsa import cache, compat
-from vllm_dsa.kernels import reference, triton_attend, vendor
+from vllm_dsa.kernels import reference, triton_attend, triton_select, vendor
 from vllm_dsa.metadata import Rows, dense_parts, without
 from vllm_dsa.testing import compare
 from vllm_dsa.testing.cases import V32, Case
@@ -104,6 +104,15 @@ def flash_mla_prefill(query, latents, at, scale, valid, out):
     return lse
 
 
+def flash_attention_gathered(query, latents, at, valid, starts, scale, out):
+    assert starts.tolist() == list(range(len(query) + 1))
+    lse = torch.full(query.shape[:2], GARBAGE)
+    for row, count in enumerate(valid.tolist()):
+        assert (at[row, :count] >= 0).all()
+        out[row], lse[row] = attention(query[row], latents[at[row, :count].long()], scale)
+    return lse
+
+
 def flash_attention(query, keys, values, query_starts, key_starts, scale, out):
     assert (query_starts.tolist(), key_starts.tolist()) == ([0, len(query)], [0, len(keys)])
     logits = scale * torch.einsum("mhd,nhd->hmn", query.float(), keys.float())
@@ -143,7 +152,7 @@ def stood_in(monkeypatch, one_thread) -> Any:
     """The vendor's module, small parts and tiles, and libraries in torch."""
     for function in (paged_mqa_logits, mqa_logits, gather_index_keys, gather_latents, flash_mla_decode):
         monkeypatch.setitem(vars(compat), function.__name__, function)
-    for function in (flash_mla_prefill, flash_attention):
+    for function in (flash_mla_prefill, flash_attention, flash_attention_gathered):
         monkeypatch.setitem(vars(compat), function.__name__, function)
     monkeypatch.setitem(vars(compat), "paged_mqa_schedule", lambda lengths, block_size: lengths.tolist())
     monkeypatch.setitem(vars(compat), "flash_mla_schedule", object)
@@ -192,6 +201,32 @@ def test_random_steps(seed, stood_in):
 @pytest.mark.parametrize("step", STEPS)
 def test_select(step, stood_in):
     check_select(stood_in, case_of(step))
+
+
+@pytest.mark.parametrize("step", ["decodes", "drafts", "mixed", "prefills"])
+def test_what_may_run_beside_top_k(step, stood_in, monkeypatch):
+    """scored() is called once, by this provider and by Triton's: behind decodes' scores, before any top-k."""
+    launched: list[str] = []
+
+    def logged(module: Any, name: str) -> None:
+        function = vars(module)[name]
+        monkeypatch.setitem(vars(module), name, lambda *args: launched.append(name) or function(*args))
+
+    inputs, codes, weights = written(case_of(step))
+    selected = torch.empty(len(codes), TOP_K, dtype=torch.int32)
+    logged(compat, "paged_mqa_logits")
+    logged(vendor, "top_k_rows")
+    vendor.select(codes, weights, inputs.index_cache, inputs.rows, selected, lambda: launched.append("scored"))
+    scores = ["paged_mqa_logits"] if inputs.rows.decodes else []
+    assert launched[: len(scores) + 2] == [*scores, "scored", "top_k_rows"] and launched.count("scored") == 1
+
+    launched.clear()
+    monkeypatch.setattr(triton_select, "_score", lambda *_: None)
+    monkeypatch.setattr(triton_select, "top_k_rows", lambda *_: None)
+    logged(triton_select, "_score")
+    logged(triton_select, "top_k_rows")
+    triton_select.select(codes, weights, inputs.index_cache, inputs.rows, selected, lambda: launched.append("scored"))
+    assert launched == ["_score", "scored", "top_k_rows"]
 
 
 @pytest.mark.parametrize("heads", [16, 64])

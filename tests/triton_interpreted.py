@@ -351,7 +351,7 @@ FAULTS = {
         "tl.where(position < length, tl.maximum(found, LEAST), 1e30)",
     ),
     "four neighbours counted for eight": (
-        *(SELECT, "select", "top_k 300", "begin + i, length, UNIT) >= least).to"),
+        *(SELECT, "select", "chunks", "begin + i, length, UNIT) >= least).to"),
         "begin, length, UNIT) >= least).to",
     ),
     "parts of another chunk": (SELECT, "select", "chunks", "(before >> (16 * chunk))", "before"),

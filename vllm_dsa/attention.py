@@ -4,7 +4,9 @@ MLA is run absorbed: W_UK is folded into the query and W_UV into the output, so 
 as they are cached, and one row serves all heads.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,7 +167,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
         """Run _step on made-up caches, so that every kernel is compiled before the first request: a prefill that
-        selects, one that does not, one decode, and many, these also on two streams."""
+        selects, one that does not, one decode, and many, these also on two streams. tensors: of a step on one."""
         top_k, device = self.config.index_topk, positions.device
         block_size = self.vllm_config.cache_config.block_size
         blocks = -(-(top_k + WARM_ROWS) // block_size)
@@ -214,8 +216,13 @@ class DSAAttention(nn.Module, AttentionLayerBase):
             self.process_weights_after_loading(self.dtype)
 
     def second_stream(self) -> torch.cuda.Stream | None:
-        """Where the queries are made while the indexer scores and selects, if anywhere: in decodes that are captured as
-        one CUDA graph. A prefill's kernels fill the GPU, and kernels launched one by one wait for the host.
+        """Where keys are made beside the index queries, and queries while the indexer selects, if anywhere: in decodes
+        that are captured as one CUDA graph. A prefill's kernels fill the GPU, and kernels launched one by one wait for
+        the host.
+
+        A decode's linear layers and scores each take the whole memory bandwidth; writing keys and top-k take a
+        fraction. So the small run beside the large, the small launched first: behind a linear layer's programs they
+        would find no room.
 
         What is allocated on one stream may be read on the other: it lives until the layer has joined both, and the
         next layer begins with the second waiting for the first. Two micro-batches at a time would break that.
@@ -239,22 +246,30 @@ class DSAAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T] int64, hidden_states [T, hidden] to the layer's output [T, hidden], summed over ranks."""
-        config = self.config
+        config, index_query, head_weights, index_key, gate = self.config, None, None, None, None
+        selects = self.indexer is not None and self.kernels.select is not None and not self.reuses_selection
+        beside = self.second_stream() if selects else None
+        _fork(beside)
         raw_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        query_latent = self.q_a_layernorm(raw_latent)
-        index_query = head_weights = index_key = beside = None
-        if self.indexer is not None and self.kernels.select is not None and not self.reuses_selection:
-            index_query, head_weights, index_key = self.indexer(hidden_states, query_latent)
-            beside = self.second_stream()
+        if selects:
+            with _on(beside):
+                head_weights, index_key = self.indexer.weights_and_key(hidden_states)
         _fork(beside)
-        with _on(beside):
-            projected, gate = self.queries(query_latent, raw_latent)
+        query_latent = self.q_a_layernorm(raw_latent)
+        if selects:
+            index_query = self.indexer.queries(query_latent)
 
+        def queries() -> torch.Tensor:
+            nonlocal gate
+            query, gate = self.queries(query_latent, raw_latent)
+            return query
+
+        query = queries() if beside is None else queries
         values = hidden_states.new_empty(len(hidden_states), self.heads, config.v_head_dim)
         _write_select_attend(
-            self, positions, latent, rope_key, index_key, projected, index_query, head_weights, values, beside
+            self, positions, latent, rope_key, index_key, query, index_query, head_weights, values, beside
         )
         return self.output(values, gate)
 
@@ -266,7 +281,7 @@ def _write_select_attend(
     latent: torch.Tensor,
     rope_key: torch.Tensor,
     index_key: torch.Tensor | None,
-    query: torch.Tensor,
+    query: torch.Tensor | Callable[[], torch.Tensor],
     index_query: torch.Tensor | None,
     head_weights: torch.Tensor | None,
     values: torch.Tensor,
@@ -298,7 +313,7 @@ def _step(
     latent: torch.Tensor,
     rope_key: torch.Tensor,
     index_key: torch.Tensor | None,
-    query: torch.Tensor,
+    query: torch.Tensor | Callable[[], torch.Tensor],
     index_query: torch.Tensor | None,
     head_weights: torch.Tensor | None,
     values: torch.Tensor,
@@ -306,13 +321,35 @@ def _step(
 ) -> None:
     n, config, kernels, rows, rope = metadata.num_tokens, layer.config, layer.kernels, metadata.rows, layer.rope
     values[n:].zero_()
-    positions, query, selected = positions[:n], query[:n], layer.selection[:n, : config.index_topk]
-    nope_query, rope_query = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+    positions, selected = positions[:n], layer.selection[:n, : config.index_topk]
     latent_pages = layer.kv_cache.squeeze(1)
     dense = dense_parts(rows, config.index_topk, kernels.dense_rows) if kernels.attend_dense else ()
     sparse = between([part for _, part in dense], n)
 
+    index, index_pages = (None, None), None
+    if index_key is not None:
+        index, index_key, index_pages = (index_query[:n], head_weights[:n]), index_key[:n], layer.indexer.cache.pages
     with _on(beside):
+        kernels.write_keys(
+            latent[:n],
+            rope_key[:n],
+            index_key,
+            layer.norms,
+            rope,
+            positions,
+            metadata.slots[:n],
+            latent_pages,
+            index_pages,
+        )
+    _join(beside)
+    if beside is not None:
+        none = values.new_empty(n, 0, config.latent_dim)
+        codes, weights = kernels.write_queries(none[..., config.kv_lora_rank :], *index, rope, positions, none)
+        _select(kernels, codes, weights, index_pages, rows, selected, partial(_fork, beside))
+        index = (None, None)
+    with _on(beside):
+        query = (query if isinstance(query, torch.Tensor) else query())[:n]
+        nope_query, rope_query = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         absorbed = query.new_empty(n, kernels.query_heads, config.latent_dim)
         own_heads = absorbed[:, : layer.heads]
         for part in sparse:
@@ -321,19 +358,9 @@ def _step(
                 layer.w_uk,
                 out=own_heads[part, :, : config.kv_lora_rank].transpose(0, 1),
             )
-        if index_key is None or beside is not None:
-            kernels.write_queries(rope_query, None, None, rope, positions, own_heads)
-    keys = (layer.norms, rope, positions, metadata.slots[:n], latent_pages)
-    if index_key is None:
-        kernels.write_keys(latent[:n], rope_key[:n], None, *keys, None)
-    else:
-        index_pages = layer.indexer.cache.pages
-        kernels.write_keys(latent[:n], rope_key[:n], index_key[:n], *keys, index_pages)
-        here = slice(None) if beside is None else slice(0, 0)  # heads whose queries are not rotated yet
-        codes, weights = kernels.write_queries(
-            rope_query[:, here], index_query[:n], head_weights[:n], rope, positions, own_heads[:, here]
-        )
-        _select(kernels, codes, weights, index_pages, rows, selected)
+        quantised = kernels.write_queries(rope_query, *index, rope, positions, own_heads)
+    if quantised is not None:
+        _select(kernels, *quantised, index_pages, rows, selected)
     _join(beside)
     if sparse:
         attended = query.new_empty(n, layer.heads, config.kv_lora_rank)
@@ -377,13 +404,14 @@ def _select(
     index_pages: torch.Tensor,
     rows: Rows,
     selected: torch.Tensor,
+    *scored: Callable[[], None],
 ) -> None:
     """select. Every rank of a TP group would compute the same; where that is much, each computes its share of the
     prefill rows, and all gather what was selected."""
     group = get_tp_group()
     chunks = shared_chunks(rows, selected.shape[1], group.world_size, envs.VLLM_DSA_SHARD_SCORES)
     if not chunks:
-        kernels.select(codes, weights, index_pages, rows, selected)
+        kernels.select(codes, weights, index_pages, rows, selected, *scored)
         return
     rank, size = group.rank_in_group, chunks[0].stop - chunks[0].start
     own = selected.new_empty(2, size, selected.shape[1])

@@ -330,6 +330,30 @@ def flash_mla_prefill(query: Any, latents: Any, at: Any, scale: float, valid: An
     return _flash_mla().flash_mla_sparse_fwd(query, latents, at, scale, topk_length=valid, out=out)[2]
 
 
+def flash_attention_gathered(query: Any, latents: Any, at: Any, valid: Any, starts: Any, scale: float, out: Any) -> Any:
+    """FlashAttention 3 of query [rows, N, 576] over the first ``valid`` of the rows ``at`` [rows, K] of latents [n, 576],
+    into out [rows, N, 512]; natural log-sum-exp [rows, N]. starts: 0 to rows, int32 on the device."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    pages = latents[:, None, None]  # of one row
+    return flash_attn_varlen_func(
+        query[..., 512:],
+        pages[..., 512:],
+        pages[..., :512],
+        q_v=query[..., :512],
+        max_seqlen_q=1,
+        cu_seqlens_q=starts,
+        max_seqlen_k=at.shape[1],
+        seqused_k=valid,
+        block_table=at,
+        softmax_scale=scale,
+        causal=True,
+        out=out,
+        return_softmax_lse=True,
+        fa_version=3,
+    )[1].T
+
+
 def flash_attention(
     query: Any, keys: Any, values: Any, query_starts: Any, key_starts: Any, scale: float, out: Any
 ) -> None:

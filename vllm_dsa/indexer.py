@@ -85,11 +85,11 @@ class Indexer(nn.Module):
         of a few rows costs as much as two."""
         return torch.cat([dequantised_weight(linear, dtype) for linear in (self.weights_proj, self.wk)])
 
-    def forward(
-        self, hidden_states: torch.Tensor, query_latent: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden_states [T, hidden], query_latent [T, q_lora_rank] (normed) to index queries [T, H, D], head weights
-        [T, H] and index keys [T, D], none of them normed, rotated or scaled."""
-        index_query = self.wq_b(query_latent)[0].view(-1, self.heads, self.head_dim)
+    def queries(self, query_latent: torch.Tensor) -> torch.Tensor:
+        """query_latent [T, q_lora_rank] (normed) to index queries [T, H, D], not rotated."""
+        return self.wq_b(query_latent)[0].view(-1, self.heads, self.head_dim)
+
+    def weights_and_key(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states [T, hidden] to head weights [T, H] and index keys [T, D], not normed, rotated or scaled."""
         head_weights, index_key = F.linear(hidden_states, self.fused).split([self.heads, self.head_dim], dim=-1)
-        return index_query, head_weights, index_key
+        return head_weights, index_key

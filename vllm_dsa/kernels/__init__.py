@@ -19,11 +19,12 @@ write: normalise, rotate, quantise the new tokens
         head_weights are None together; then None is returned. N may be 0: then nothing is rotated.
 
 select: score the index-key cache, return the top-k positions of every row
-    select(codes, weights, index_cache, rows, out) -> None
+    select(codes, weights, index_cache, rows, out, scored=None) -> None
         out [T, K] int32 receives token positions of the row's own request, ascending, then -1.
         I[t, s] = sum_h weights[t, h] * relu(codes[t, h] . key[s]) for s < rows.lengths[t].
         A row with fewer than K keys selects them all; a row of length 0 selects nothing. Equal scores go to the
         smaller position. The set is the exact top-k of the provider's own scores.
+        scored() is called once, where the first top-k is launched next: what else is launched then may run beside it.
 
 attend: gather the selected latent rows and attend to them
     attend(query, latent_cache, rows, selected, scale, out) -> lse

@@ -8,6 +8,7 @@ elementwise, a softmax over one row, or an exact sort of integers.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,16 @@ def write_queries(
 
 
 def select(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    scored: Callable[[], None] | None = None,
 ) -> None:
     """Top-k positions of every row; temporaries stay within VLLM_DSA_SCORE_BUDGET_MB."""
+    if scored:
+        scored()
     budget = envs.VLLM_DSA_SCORE_BUDGET_MB << 20
     top_k = out.shape[1]
     positions = torch.arange(top_k, dtype=torch.int32)

@@ -3,6 +3,8 @@
 Written to be read and believed, not to be fast. Contracts: ``vllm_dsa.kernels``.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_dsa import cache
@@ -97,9 +99,16 @@ def top_k(row_scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def select(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    scored: Callable[[], None] | None = None,
 ) -> None:
     """Top-k positions of every row."""
+    if scored:
+        scored()
     out.fill_(-1)
     for row, length in enumerate(rows.lengths.tolist()):
         if length:

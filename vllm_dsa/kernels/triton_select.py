@@ -9,10 +9,14 @@ the tile, the group or the batch they are computed in. Top-k ranks a row's score
 3. Their positions, in order. If they fit the registers, the rest runs there; rows with many equal scores may exceed
    them and are ranked in memory.
 
+A row of one line is ranked in the first read.
+
 A bound is found by counting: of the interval that it lies in, each step keeps a third.
 
 Nothing here depends on values the host would have to read, so a captured graph serves any lengths.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -218,9 +222,22 @@ def _top_k_row(
     columns = tl.minimum(length, SIZE)
     highest = tl.max(tl.max(best, axis=1), axis=0)
     lowest = tl.min(tl.min(tl.where(at < columns, best, highest), axis=1), axis=0)
-    highest = _rank(highest)
-    bound, _, _ = _narrow(best, _rank(lowest), highest, columns, TOP_K, TOP_K + TOP_K // 16)
+    lowest, highest = _rank(lowest), _rank(highest)
+    if whole == 0:  # each score is a column's maximum
+        low, many, few = _narrow(best, lowest, highest, columns, TOP_K, TOP_K)
+        taken, place, _, _ = _takes(best, _of_rank(low), many == TOP_K, TOP_K - few, 0)
+        tl.store(out + place, at, mask=taken & (place < TOP_K))
+    else:
+        bound, _, _ = _narrow(best, lowest, highest, columns, TOP_K, TOP_K + TOP_K // 16)
+        _top_k_above(scores, length, bound, highest, places, out, at, TOP_K, SIZE, PARTS, STEP, UNIT)
 
+
+@triton.jit
+def _top_k_above(
+    scores, length, bound, highest, places, out, at,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """As ``_top_k_row``, from the rank ``bound`` on, which at least TOP_K scores reach; none ranks above highest."""
     candidates = _list(scores, length, _of_rank(bound), places, SIZE, PARTS, STEP, UNIT)
     if candidates <= SIZE:
         tl.debug_barrier()  # other threads of this program wrote what is read next
@@ -262,7 +279,12 @@ def _top_k_kernel(
 
 
 def select(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    scored: Callable[[], None] | None = None,
 ) -> None:
     """Top-k positions of every row; the scores stay within VLLM_DSA_SCORE_BUDGET_MB, top-k takes PLACES_BYTES more."""
     tokens, top_k = out.shape
@@ -273,12 +295,14 @@ def select(
     longest = bound if rows.decodes >= tokens else max(rows.ends, default=bound)
     stride = 64 * triton.cdiv(max(1, longest), 64)
     tile = max(1, min(tokens, (envs.VLLM_DSA_SCORE_BUDGET_MB << 20) // (4 * stride)))
-    scored = torch.empty(tile, stride, dtype=torch.float32, device=out.device)
+    found = torch.empty(tile, stride, dtype=torch.float32, device=out.device)
     for first in range(0, tokens, tile):
         end = min(first + tile, tokens)
         if longest > top_k:
-            _score(codes, weights, index_cache, rows, scored, first, end, top_k, longest)
-        top_k_rows(scored, rows.lengths[first:end], out[first:end])
+            _score(codes, weights, index_cache, rows, found, first, end, top_k, longest)
+        if scored and not first:
+            scored()
+        top_k_rows(found, rows.lengths[first:end], out[first:end])
 
 
 def top_k_rows(scored: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor) -> None:

@@ -6,12 +6,13 @@ select  decodes: DeepGEMM's paged kernel, one row at a time of each request, str
 attend  few heads: the Triton provider's kernels, which are faster there (benchmarks/portable.py --vendor)
         fp8_ds_mla decodes: FlashMLA's decode kernel, straight from the pages, heads padded to 64 or 128
         fp8_ds_mla prefills: latents of a few requests widened to bfloat16 in a workspace, FlashMLA's prefill kernel
-        bfloat16 cache: the prefill kernel on the pages themselves
+        bfloat16 cache: from the pages themselves, decodes by FlashAttention, prefills by the prefill kernel
         rows that see at most index_topk keys: keys and values up-projected, FlashAttention
 
 What all layers of a step share (schedules, row bounds, expanded block tables) is made once: ``Rows.once``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,11 +61,18 @@ def query_heads(request: Any) -> int:
 
 
 def select(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    scored: Callable[[], None] | None = None,
 ) -> None:
     """Top-k positions of every row."""
     if rows.decodes:
-        _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes])
+        _select_decodes(codes[: rows.decodes], weights[: rows.decodes], index_cache, rows, out[: rows.decodes], scored)
+    elif scored:
+        scored()
     for part in _gathered(rows, out.shape[1]):
         _select_part(codes[part.rows], weights[part.rows], index_cache, rows, part, out[part.rows])
     if (padding := _padding(rows)).start < padding.stop:
@@ -72,7 +80,12 @@ def select(
 
 
 def _select_decodes(
-    codes: torch.Tensor, weights: torch.Tensor, index_cache: torch.Tensor, rows: Rows, out: torch.Tensor
+    codes: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    rows: Rows,
+    out: torch.Tensor,
+    scored: Callable[[], None] | None,
 ) -> None:
     from vllm_dsa.compat import paged_mqa_logits, paged_mqa_schedule
 
@@ -86,6 +99,8 @@ def _select_decodes(
         ends = lengths.unsqueeze(1)
         schedule = rows.once(("schedule", first), partial(paged_mqa_schedule, ends, rows.block_size))
         logits = paged_mqa_logits(codes[mine].unsqueeze(1), pages, weights[mine], ends, table[mine], schedule, width)
+        if scored and not first:
+            scored()
         top_k_rows(logits, lengths, out[mine])
 
 
@@ -175,11 +190,15 @@ def _attend_decodes(
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    from vllm_dsa.compat import flash_mla_decode, flash_mla_schedule
+    from vllm_dsa.compat import flash_attention_gathered, flash_mla_decode, flash_mla_schedule
 
     mine, heads = slice(0, rows.decodes), out.shape[1]
     if latent_cache.dtype != torch.uint8:
-        return _attend_pages(query, latent_cache, rows, mine, selected, scale, out)
+        latents, page_rows = _flat_rows(latent_cache)
+        at, valid = to_slots(selected, rows, mine, page_rows), _valid(rows, mine, selected.shape[1])
+        count = rows.decodes + 1
+        starts = rows.once("starts", lambda: torch.arange(count, dtype=torch.int32, device=query.device))
+        return flash_attention_gathered(query[mine, :heads], latents, at, valid, starts, scale, out[mine])
     padded = query[mine] if query.shape[1] in DECODE_HEADS else _padded(query[mine])
     schedule = rows.once("flash_mla", flash_mla_schedule)
     slots = to_slots(selected, rows, mine, rows.block_size)
@@ -211,8 +230,9 @@ def _attend_prefills(
     from vllm_dsa.compat import gather_latents
 
     if latent_cache.dtype != torch.uint8:
-        mine = slice(rows.decodes, len(out))
-        lse[mine] = _attend_pages(query, latent_cache, rows, mine, selected, scale, out)
+        mine, (latents, page_rows) = slice(rows.decodes, len(out)), _flat_rows(latent_cache)
+        at = to_slots(selected, rows, mine, page_rows)
+        lse[mine] = _attend_rows(query, latents, rows, mine, at, scale, out)
         return
     for part in _gathered(rows, selected.shape[1]):
         latents = torch.empty(part.keys, 576, dtype=torch.bfloat16, device=query.device)
@@ -222,19 +242,6 @@ def _attend_prefills(
         at = torch.empty_like(chosen)
         _shift[(len(chosen),)](chosen, part.row_starts, at, chosen.shape[1], chosen.stride(0), BLOCK=1024)
         lse[part.rows] = _attend_rows(query, latents, rows, part.rows, at, scale, out)
-
-
-def _attend_pages(
-    query: torch.Tensor,
-    latent_cache: torch.Tensor,
-    rows: Rows,
-    mine: slice,
-    selected: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    latents, page_rows = _flat_rows(latent_cache)
-    return _attend_rows(query, latents, rows, mine, to_slots(selected, rows, mine, page_rows), scale, out)
 
 
 def _attend_rows(
@@ -249,10 +256,14 @@ def _attend_rows(
     """Rows ``mine`` over the rows ``at`` of latents [n, 576]; the log-sum-exp of these rows."""
     from vllm_dsa.compat import flash_mla_prefill
 
-    top_k, name = at.shape[1], ("valid", mine.start, mine.stop, id(rows.lengths))  # ``without`` has other lengths
-    valid = rows.once((*name, top_k), lambda: rows.lengths[mine].clamp(max=top_k))
-    query = query[mine, : out.shape[1]]
+    query, valid = query[mine, : out.shape[1]], _valid(rows, mine, at.shape[1])
     return flash_mla_prefill(query, latents.unsqueeze(1), at.unsqueeze(1), scale, valid, out[mine])
+
+
+def _valid(rows: Rows, mine: slice, top_k: int) -> torch.Tensor:
+    """How many keys each of rows ``mine`` selects."""
+    name = ("valid", mine.start, mine.stop, id(rows.lengths), top_k)  # ``without`` has other lengths
+    return rows.once(name, lambda: rows.lengths[mine].clamp(max=top_k))
 
 
 def attend_dense(
