@@ -288,7 +288,7 @@ def _write_select_attend(
     beside: torch.cuda.Stream | None,
 ) -> None:
     """The three operations on the step's real rows: ``values`` [T, N, v] of ``query`` [T, N, nope + P], which is left
-    rotated in part; zero in padding rows."""
+    rotated in part, or of what makes it on ``beside``; zero in padding rows."""
     metadata: DSAMetadata | None = (get_forward_context().attn_metadata or {}).get(layer.layer_name)
     if metadata is None:  # a profiling or warm-up run
         layer.reserve(values)
