@@ -283,8 +283,8 @@ class TestVendor:
         check_select(vendor, case, "cuda", accumulation=torch.float8_e4m3fn)
         check_attend(vendor, case, "cuda")
 
-    # FlashMLA's decode kernel splits the keys by what else is in the batch: its bits are its own batch's. Of 16 heads
-    # over an fp8_ds_mla cache it takes fewer than TRITON_DECODE_ROWS decodes.
+    # FlashMLA's and FlashAttention's decode kernels split the keys by what else is in the batch: their bits are their
+    # own batch's. Of 16 heads over an fp8_ds_mla cache FlashMLA takes fewer than TRITON_DECODE_ROWS decodes.
     @pytest.mark.parametrize(
         "case, kind",
         [(MIX[0], "decodes"), (MIX[0], "prefills"), (MIX[1], "decodes"), (MIX[2], "prefills")],

@@ -38,7 +38,8 @@ attend: gather the selected latent rows and attend to them
         request, the first ones of the step; w_uk [N, nope, R], w_uv [N, R, v]; out [m, N, v] model dtype.
 
 Both select and attend give bit-equal results for bit-equal rows, whatever else is in the batch; in ``triton``'s attend,
-among decodes and among prefills (``Rows.decodes``). The vendor's FlashMLA decodes are not bit-equal across batch sizes.
+among decodes and among prefills (``Rows.decodes``). The vendor's decodes by FlashMLA and FlashAttention are not, since
+these split the keys by what else is in the batch.
 ``-1`` is the only padding index. Bytes of a page that no token was written to may be anything, NaN included, and must
 not matter.
 """
