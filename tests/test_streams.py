@@ -68,9 +68,8 @@ class Streams(TorchDispatchMode):
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
         schema, stream = func._schema, self.now
-        mutates = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
         made = storages(returned)
-        if not mutates and made and made <= storages((args, kwargs)):
+        if made and made <= storages((args, kwargs)) and not any(map(is_written, schema.arguments)):
             return returned  # a view launches nothing; told by its storage, since ``to`` may return one or not
         if str(func).startswith(("aten.empty", "aten.new_empty")):
             return returned
@@ -79,7 +78,7 @@ class Streams(TorchDispatchMode):
         given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
         for writes in (False, True):
             for argument, value in given:
-                if writes == (argument.alias_info is not None and argument.alias_info.is_write):
+                if writes == is_written(argument):
                     for x in tree_leaves(value):
                         if isinstance(x, torch.Tensor) and x.numel():
                             self.access(x, stream, writes, str(func))
@@ -87,6 +86,10 @@ class Streams(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.numel():
                 self.access(x, stream, True, str(func))
         return returned
+
+
+def is_written(argument: torch.Argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def storages(tree: object) -> set[int]:
