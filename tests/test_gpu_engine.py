@@ -275,14 +275,24 @@ def assert_close(name: str, got: list[float], want: list[float]) -> None:
     assert p50 <= BFLOAT16_LOGPROBS[0] and p90 <= BFLOAT16_LOGPROBS[1]
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_as_stock(heads, tmp_path):
+GLM = dict(index_n_heads=32, qk_nope_head_dim=192, v_head_dim=256, q_lora_rank=2048, rope_scaling=None)
+GLM_KEYS = {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"], "index_topk_pattern": "FSFF"}
+
+
+@pytest.mark.parametrize("family, heads", [("deepseek_v32", 16), ("deepseek_v32", 128), ("glm_moe_dsa", 64)])
+def test_as_stock(family, heads, tmp_path):
     """Log-probabilities of one random model of four layers, past index_topk, by stock vLLM and by this plugin."""
     from tiny_checkpoint import write_random
 
     sizes = dict(num_hidden_layers=4, first_k_dense_replace=4, num_attention_heads=heads, index_n_heads=64)
     sizes |= dict(hidden_size=1024, q_lora_rank=1536, index_topk=2048, num_nextn_predict_layers=0)
+    if family == "glm_moe_dsa":
+        sizes |= GLM
     config = write_random(tmp_path / "model", dtype="bfloat16", **sizes)
+    if family == "glm_moe_dsa":
+        config |= GLM_KEYS | {"rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}}
+        del config["rope_scaling"]
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(10, config["vocab_size"], (n,), generator=generator).tolist() for n in (600, 3000, 6000)]
     arguments = dict(path=str(tmp_path / "model"), prompts=prompts, kv_cache_dtype="fp8_ds_mla")
@@ -293,7 +303,7 @@ def test_as_stock(heads, tmp_path):
     results = in_a_process_each(calls)
     modules = {name: result["module"].split(".")[0] for name, result in results.items()}
     assert modules == {"stock": "vllm", "plugin": "vllm_dsa"}
-    assert_close(f"{heads} heads", results["plugin"]["scores"], results["stock"]["scores"])
+    assert_close(f"{family}, {heads} heads", results["plugin"]["scores"], results["stock"]["scores"])
 
 
 def environment(**values: str) -> dict[str, str]:
