@@ -35,6 +35,7 @@ from serving import (
     fill,
     gate,
     ints,
+    planted_model,
     post,
     prefill,
     published_config,
@@ -76,12 +77,13 @@ def main() -> int:
     exit_on_sigterm()
     args.out.mkdir(parents=True, exist_ok=True)
     model = write_model(args.out / "model", model_config(args))
+    planted = planted_model(args.out, 16 * args.gpus, args.gpus)
     results: list[dict[str, Any]] = []
     red = []
     for layout in args.layouts.split(","):
         flags = [flag.format(gpus=args.gpus) for flag in LAYOUTS[layout]] if args.gpus > 1 else []
         flags += args.serve.split()
-        if not gate(args.out, layout, flags, 16 * args.gpus, args.gpus, seconds=args.start_seconds):
+        if not gate(planted, layout, args.out / f"gate-{layout}.log", flags, seconds=args.start_seconds):
             red.append(layout)
             continue
         for drafts in ints(args.drafts):

@@ -78,19 +78,20 @@ def served(
         yield server
 
 
-def gate(folder: Path, name: str, flags: Sequence[str], heads: int, ranks: int = 1, **options: Any) -> bool:
-    """Does the planted checkpoint, with so many heads and an MLP that ``ranks`` can share, answer right under the
-    plugin? Prints the verdict; ``options`` are those of ``served``."""
+def planted_model(folder: Path, heads: int, ranks: int = 1) -> Path:
+    """The planted checkpoint at so many heads, with an MLP that ``ranks`` can share."""
     planted = folder / f"planted-{heads}-{ranks}"
-    if not planted.exists():
-        sizes = dict(index_topk=TOP_K, num_attention_heads=heads, index_n_heads=64)
-        sizes |= dict(intermediate_size=64 * ranks, moe_intermediate_size=64 * ranks)
-        write_planted(planted, check=False, dtype="bfloat16", **sizes)
+    sizes = dict(index_topk=TOP_K, num_attention_heads=heads, index_n_heads=64)
+    sizes |= dict(intermediate_size=64 * ranks, moe_intermediate_size=64 * ranks)
+    write_planted(planted, check=False, dtype="bfloat16", **sizes)
+    return planted
+
+
+def gate(planted: Path, name: str, log: Path, flags: Sequence[str], **options: Any) -> bool:
+    """Does the planted checkpoint answer right under the plugin? Prints the verdict; ``options`` are ``served``'s."""
     right = []
     try:
-        with served(
-            planted, "plugin", folder / f"gate-{name}.log", *flags, "--max-model-len", "8192", **options
-        ) as server:
+        with served(planted, "plugin", log, *flags, "--max-model-len", "8192", **options) as server:
             for length in (1200, 3000, 6000):
                 prompt = build_prompt(length, length, chat=True, copies=TOP_K)
                 body = {"messages": [{"role": "user", "content": prompt.text}], "max_tokens": 4, "temperature": 0}
