@@ -23,6 +23,7 @@ import torch
 NAME = "drawn"
 ROWS = 1 << 15  # of a step, at most
 SPREAD = 1 << 20  # places in the pool of values at which a weight may begin
+HALF = 0.5
 STEP = 64.0  # standard deviation of e4m3 codes: their largest is 448
 
 
@@ -122,7 +123,7 @@ def draw(config: dict[str, Any], device: torch.device) -> Iterator[tuple[str, to
             continue
         deviation = 1.0 if "embed_tokens" in name else shape[1] ** -0.5
         if ".o_proj." in name or ".down_proj." in name:
-            deviation /= 2
+            deviation *= HALF
         if expected.block and LINEAR.search(name):
             yield name, codes[begin : begin + size].view(shape)
             blocks = expected.shape(f"{name}_scale_inv")

@@ -1,6 +1,7 @@
 """One rank of DeepSeek-V3.2 on one GPU, stock vLLM or this plugin, through `vllm serve`: what users gain.
 
     python benchmarks/rank.py gate                              first: the planted checkpoint, both caches, the plugin
+    python benchmarks/rank.py start --who stock                 how long a start takes; cold, then warm
     python benchmarks/rank.py times --who stock                 a run of at most ten minutes: one side, one cache
     python benchmarks/rank.py times --who plugin
     python benchmarks/rank.py load --who stock                  `vllm bench serve`, 2,048 + 256 tokens, saturating
@@ -17,7 +18,11 @@ it times anything, must agree between the sides up to index_topk tokens (`table`
 they are printed: there each side selects by its own rounding.
 
 Results are appended to ``--results``, a row a run; a row says the day, the machine, the versions and the commit. The
-caches of compiled kernels are in ``--caches``, a folder a side: a start is cold where it is fresh.
+caches of compiled kernels are in ``--caches``, a folder a side: a start is cold where it is fresh, warm where a `start`
+has filled it, and else between the two. `start` starts a server as users do. In the other runs DeepGEMM is not warmed
+up before the first request: on an H200 that compiles hundreds of kernels for all sizes of a step, for more than ten
+minutes where none is there yet, on either side. The sizes that are measured are compiled by the first request of each,
+which is not counted.
 """
 
 import argparse
@@ -86,7 +91,7 @@ PARTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("gate", "times", "load", "drafts", "table"))
+    parser.add_argument("what", choices=("gate", "start", "times", "load", "drafts", "table"))
     parser.add_argument("--who", choices=("stock", "plugin"), default="plugin")
     parser.add_argument("--kv-cache-dtype", default="fp8_ds_mla", choices=("fp8_ds_mla", "auto"))
     parser.add_argument("--published", type=Path, default=HERE / "v32" / "config.json")
@@ -98,7 +103,7 @@ def main() -> int:
     parser.add_argument("--decodes", default="4096:64,16,1;32768:24,16,1", help="context:batches, the largest first")
     parser.add_argument("--profile", default="16", help="requests of the decode step to profile; empty: none")
     parser.add_argument("--requests", type=int, default=256, help="of the load")
-    parser.add_argument("--start-seconds", type=float, default=420)
+    parser.add_argument("--start-seconds", type=float, default=600, help="how long a server may take to start")
     parser.add_argument("--caches", type=Path, help="of compiled kernels; by default OUT/caches-WHO")
     parser.add_argument("--commit", default="", help="that is measured, where git is not at hand")
     parser.add_argument("--gpu", default="", help="which GPU, as CUDA_VISIBLE_DEVICES names it")
@@ -210,11 +215,12 @@ def installed(name: str) -> str:
 
 def run(args: argparse.Namespace, model: Path, config: dict[str, Any], flags: list[str], row: dict[str, Any]) -> None:
     caches = (args.caches or args.out / f"caches-{args.who}").resolve()
-    cold = not caches.exists()
+    filled = caches / "filled-by-a-start"
+    kind = "warm" if filled.exists() else "between" if caches.exists() else "cold"
     caches.mkdir(parents=True, exist_ok=True)
     traces = (args.out / f"traces-{args.who}").resolve()
-    contexts = {} if args.what == "load" else parse_decodes(args.decodes)
-    longest = max([*ints(args.lens), *contexts]) if args.what == "times" else 40_000
+    contexts = parse_decodes(args.decodes) if args.what in ("times", "drafts") else {}
+    longest = max([*ints(args.lens), *contexts]) if args.what in ("start", "times") else 40_000
     batches = sorted({batch for found in contexts.values() for batch in found})
     flags = ["--load-format", DRAWN, "--max-num-batched-tokens", str(BATCHED_TOKENS), *flags]
     flags += ["--max-model-len", str(longest + 1024)]
@@ -227,31 +233,45 @@ def run(args: argparse.Namespace, model: Path, config: dict[str, Any], flags: li
     # Everything that compiles keeps its kernels below the home folder.
     env = {"HOME": str(caches), "XDG_CACHE_HOME": str(caches / ".cache"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "i")}
     env |= install(args.out / "plugin") | gpu(args)
+    if args.what != "start":
+        env["VLLM_DEEP_GEMM_WARMUP"] = "skip"
     log = args.out / f"{args.what}-{args.who}-{args.kv_cache_dtype}.log"
     options = dict(cache=args.kv_cache_dtype, env=env, seconds=args.start_seconds)
     begin = time.monotonic()
     with Memory(args.gpu) as memory, served(model, args.who, log, *flags, **options) as server:
-        note(row, f"start_{'cold' if cold else 'warm'}_s", round(time.monotonic() - begin, 1))
+        note(row, f"start_{kind}_s", round(time.monotonic() - begin, 1))
         note(row, "log", from_log(server))
         note(row, "cache_tokens", cache_tokens(server))
         post(server, "/v1/completions", asked(words(300), 8)).read()
-        if args.what == "load":
+        if args.what == "start":
+            filled.touch()
+        elif args.what == "load":
             for name, value in bench(server, model, log.with_suffix(".json"), 2048, 256, args.requests).items():
                 note(row, name, [value] if name.endswith("_ms") else value)
         else:
-            note(row, "agreement", agreement(args, logprobs(server, config["index_topk"])))
-            for length in ints(args.lens) if args.what == "times" else ():
-                note(row, f"prefill_{length}_ms", prefill(server, length, 4 if length < 65536 else 2))
-            drafts = int(args.what == "drafts")
-            prompts = {
-                context: decodes(server, config, context, sizes, 1 + drafts, row) for context, sizes in contexts.items()
-            }
-            if drafts:
-                note(row, "drafts_taken", drafts_taken(server))
-            if args.what == "times" and args.profile:
-                profiles(server, traces, prompts, int(args.profile), config["num_hidden_layers"], row)
+            measure(server, args, config, contexts, traces, row)
     note(row, "peak_gib", memory.peak_gib)
     note(row, "compiled", compiled(caches))
+
+
+def measure(
+    server: Server,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    contexts: dict[int, list[int]],
+    traces: Path,
+    row: dict[str, Any],
+) -> None:
+    """Log-probabilities, then times, then profiles."""
+    drafts = int(args.what == "drafts")
+    note(row, "agreement", agreement(args, logprobs(server, config["index_topk"])))
+    for length in () if drafts else ints(args.lens):
+        note(row, f"prefill_{length}_ms", prefill(server, length, 4 if length < 65536 else 2))
+    prompts = {context: decodes(server, config, context, sizes, 1 + drafts, row) for context, sizes in contexts.items()}
+    if drafts:
+        note(row, "drafts_taken", drafts_taken(server))
+    elif args.profile:
+        profiles(server, traces, prompts, int(args.profile), config["num_hidden_layers"], row)
 
 
 def parse_decodes(text: str) -> dict[int, list[int]]:
@@ -418,8 +438,9 @@ def from_log(server: Server) -> dict[str, Any]:
     ):
         if match := re.search(pattern, log):
             found[name] = float(match[1])
-    if match := re.search(r"write: .*", log):
-        found["kernels"] = match[0][:300]
+    for name, pattern in (("kernels", r"write: [^(]*"), ("experts", r"Using (\w+) Fp8 MoE backend")):
+        if match := re.search(pattern, log):
+            found[name] = match[0]
     return found
 
 
