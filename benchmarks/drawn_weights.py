@@ -6,7 +6,9 @@ FP8 with scales where the published model has them, values of a size that keeps 
 log-probabilities can be compared. ``--load-format drawn``.
 
 Which experts a token gets hangs on its row in the batch alone, drawn once: a step spreads over experts as independent
-tokens would, and both sides use the same experts. VLLM_MOE_ROUTING_SIMULATION_STRATEGY=drawn.
+tokens would, and both sides use the same experts. VLLM_MOE_ROUTING_SIMULATION_STRATEGY=drawn. A simulated router knows
+nothing of routed_scaling_factor, with which stock vLLM 0.33 multiplies the experts' weights there, while this plugin
+multiplies the experts' output: DRAWN_EXPERT_SCALE brings it back.
 
 vLLM finds a plugin by its entry point: ``install`` writes one into a folder, which must be on PYTHONPATH.
 """
@@ -23,18 +25,21 @@ import torch
 NAME = "drawn"
 ROWS = 1 << 15  # of a step, at most
 SPREAD = 1 << 20  # places in the pool of values at which a weight may begin
-HALF = 0.5
 STEP = 64.0  # standard deviation of e4m3 codes: their largest is 448
 
 
-def install(folder: Path) -> dict[str, str]:
+def install(folder: Path, expert_scale: float) -> dict[str, str]:
     """Variables under which vLLM finds this plugin; its entry point is written into ``folder``."""
     entry = folder / f"{NAME}_weights-0.dist-info"
     entry.mkdir(parents=True, exist_ok=True)
     (entry / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}-weights\nVersion: 0\n")
     (entry / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{NAME} = {__name__}:register\n")
     paths = [str(folder.resolve()), str(Path(__file__).parent.resolve()), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": NAME}
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": NAME,
+        "DRAWN_EXPERT_SCALE": str(expert_scale),
+    }
 
 
 def register() -> None:
@@ -45,6 +50,8 @@ def register() -> None:
 
     if NAME in RoutingSimulator.get_available_strategies():
         return
+
+    scale = float(os.environ["DRAWN_EXPERT_SCALE"])
 
     class ByRow(RoutingStrategy):
         table: torch.Tensor | None = None
@@ -60,7 +67,7 @@ def register() -> None:
                 table = draw_experts(router_logits.shape[-1], top_k)
                 self.table = table.to(hidden_states.device, indices_type or torch.int32)
             experts = self.table[: len(hidden_states)]
-            return torch.full(experts.shape, 1 / top_k, dtype=torch.float32, device=experts.device), experts
+            return torch.full(experts.shape, scale / top_k, dtype=torch.float32, device=experts.device), experts
 
     RoutingSimulator.register_strategy(NAME, ByRow())
 
@@ -123,7 +130,7 @@ def draw(config: dict[str, Any], device: torch.device) -> Iterator[tuple[str, to
             continue
         deviation = 1.0 if "embed_tokens" in name else shape[1] ** -0.5
         if ".o_proj." in name or ".down_proj." in name:
-            deviation *= HALF
+            deviation /= 2
         if expected.block and LINEAR.search(name):
             yield name, codes[begin : begin + size].view(shape)
             blocks = expected.shape(f"{name}_scale_inv")

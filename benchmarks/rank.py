@@ -221,7 +221,7 @@ def run(args: argparse.Namespace, model: Path, config: dict[str, Any], flags: li
     traces = (args.out / f"traces-{args.who}").resolve()
     contexts = parse_decodes(args.decodes) if args.what in ("times", "drafts") else {}
     longest = max([*ints(args.lens), *contexts]) if args.what in ("start", "times") else 40_000
-    batches = sorted({batch for found in contexts.values() for batch in found})
+    batches = sorted({1, *(batch for found in contexts.values() for batch in found)})
     flags = ["--load-format", DRAWN, "--max-num-batched-tokens", str(BATCHED_TOKENS), *flags]
     flags += ["--max-model-len", str(longest + 1024)]
     if args.what == "times":
@@ -232,7 +232,8 @@ def run(args: argparse.Namespace, model: Path, config: dict[str, Any], flags: li
         flags += ["--max-num-seqs", str(max(batches)), *draft_flags(1)]
     # Everything that compiles keeps its kernels below the home folder.
     env = {"HOME": str(caches), "XDG_CACHE_HOME": str(caches / ".cache"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "i")}
-    env |= install(args.out / "plugin") | gpu(args)
+    scale = config["routed_scaling_factor"] if args.who == "stock" else 1.0
+    env |= install(args.out / f"drawn-{args.who}", scale) | gpu(args)
     if args.what != "start":
         env["VLLM_DEEP_GEMM_WARMUP"] = "skip"
     log = args.out / f"{args.what}-{args.who}-{args.kv_cache_dtype}.log"
