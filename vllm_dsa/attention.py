@@ -4,9 +4,9 @@ MLA is run absorbed: W_UK is folded into the query and W_UV into the output, so 
 as they are cached, and one row serves all heads.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from vllm_dsa.compat import (
     eager_break_during_capture,
     get_current_vllm_config,
     get_forward_context,
-    get_rope,
     get_tensor_model_parallel_world_size,
     get_tp_group,
     init_logger,
@@ -106,7 +105,13 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         self.reuses_selection = False  # set for the later steps of an MTP draft that share its first step's selection
         self.indexer = None if shares_index else Indexer(config, quant_config, prefix=f"{prefix}.indexer")
         # A buffer, because vLLM's sleep mode saves buffers and drops every other tensor of a model.
-        self.register_buffer("cos_sin", _cos_sin(config, vllm_config.model_config.max_model_len), persistent=False)
+        table = _cos_sin(
+            frozenset(config.rope.items()),
+            config.qk_rope_head_dim,
+            vllm_config.model_config.max_model_len,
+            torch.get_default_device(),
+        )
+        self.register_buffer("cos_sin", table, persistent=False)
         self.rope = Rope(self.cos_sin, config.index_rope_interleaved)
         request = kernel_request(vllm_config, config)
         self.latent_kind = request.latent_kind
@@ -345,7 +350,7 @@ def _step(
     if beside is not None:
         none = values.new_empty(n, 0, config.latent_dim)
         codes, weights = kernels.write_queries(none[..., config.kv_lora_rank :], *index, rope, positions, none)
-        _select(kernels, codes, weights, index_pages, rows, selected, partial(_fork, beside))
+        _select(kernels, codes, weights, index_pages, rows, selected, functools.partial(_fork, beside))
         index = (None, None)
     with _on(beside):
         query = (query if isinstance(query, torch.Tensor) else query())[:n]
@@ -432,21 +437,18 @@ def _follow(module: nn.Module, name: str, derived: torch.Tensor) -> None:
         setattr(module, name, derived.contiguous())
 
 
-def _cos_sin(config: DSAConfig, max_model_len: int) -> torch.Tensor:
-    """vLLM's rotary table [positions, P] in float32: cosines, then sines."""
-    rope = dict(config.rope)
-    if rope["rope_type"] != "default":
-        rope["rope_type"] = "deepseek_yarn"
-    table = get_rope(
-        config.qk_rope_head_dim,
-        max_position=config.max_position_embeddings,
-        is_neox_style=False,
-        rope_parameters=rope,
-        dtype=torch.float32,
-    ).cos_sin_cache
-    if len(table) < max_model_len:
-        raise ConfigError(
-            f"max_model_len {max_model_len} exceeds the {len(table)} positions of this model's RoPE "
-            f"(original_max_position_embeddings x factor). Lower --max-model-len or restore the published rope_scaling."
-        )
-    return table.float()
+@functools.lru_cache(maxsize=1)  # one table for all layers
+def _cos_sin(rope: frozenset[tuple[str, Any]], dims: int, positions: int, device: torch.device) -> torch.Tensor:
+    """DSAConfig.rope's items as a table [positions, dims] in float32: cosines, then sines. Made on the CPU, so that
+    every device has the same."""
+    facts = dict(rope)
+    with torch.device("cpu"):
+        steps = facts["rope_theta"] ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        frequencies = 1.0 / steps
+        if facts["rope_type"] == "yarn":
+            pairs = torch.arange(dims // 2, dtype=torch.float32)
+            kept = 1 - ((pairs - facts["low"]) / (facts["high"] - facts["low"])).clamp(0, 1)
+            frequencies = 1.0 / (facts["factor"] * steps) * (1 - kept) + frequencies * kept
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1) * facts.get("attention_factor", 1.0)
+    return table.to(device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dsa import cache, checkpoint, compat, envs
-from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError, DSAConfig
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "AXK2ForCausalLM")
 # Their weights have no indexer, and vLLM drops tensors of one without a word.
@@ -30,6 +30,29 @@ def install() -> None:
         previous = compat.MODELS_CONFIG_MAP.get(architecture, compat.VerifyAndUpdateConfig)
         if not getattr(previous, "vllm_dsa_hook", False):
             compat.MODELS_CONFIG_MAP[architecture] = chained(previous)
+    convertors = compat.MODEL_ARCH_CONFIG_CONVERTORS
+    for model_type in INDEX_ROPE_INTERLEAVED:
+        previous = convertors.get(model_type, compat.ModelArchConfigConvertorBase)
+        if not getattr(previous, "vllm_dsa_hook", False):
+            convertors[model_type] = _read_first(previous)
+
+
+def _read_first(previous: type) -> type:
+    """A convertor is the first to read a config. What is wrong in it is refused here by its key: later, vLLM's own
+    readers would die of it."""
+
+    class DSAConvertor(previous):  # type: ignore[misc,valid-type]
+        vllm_dsa_hook = True
+
+        def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
+            if set(hf_config.architectures or ()) & set(ARCHITECTURES):
+                DSAConfig.from_hf(hf_config)
+                if isinstance(rope := getattr(hf_config, "rope_parameters", None), dict):
+                    # What replaces them by --hf-overrides may have the old name, or none, for vLLM to stumble over.
+                    rope.setdefault("rope_type", rope.get("type", "default"))
+            super().__init__(hf_config, *args, **kwargs)
+
+    return DSAConvertor
 
 
 def _served(previous: type) -> type:
