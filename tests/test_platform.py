@@ -11,7 +11,11 @@ from tiny_checkpoint import write_random
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_dsa import platform
+from vllm_dsa.attention import DSAAttention
+from vllm_dsa.backend import DSABackend, IndexCacheBackend
 from vllm_dsa.compat import MODELS_CONFIG_MAP
+from vllm_dsa.config import ConfigError
+from vllm_dsa.indexer import IndexCache
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,40 @@ def test_lora_is_refused(folder):
 def test_hisparse_is_refused(folder):
     with pytest.raises(ValueError, match="hisparse_config is refused.*Remove"):
         engine_config(folder, attention_config={"hisparse_config": {}})
+
+
+@pytest.mark.parametrize(
+    "options, flag", [({"ubatch_size": 2}, "--ubatch-size 2"), ({"enable_dbo": True}, "--enable-dbo")]
+)
+def test_micro_batches_are_refused(folder, options, flag):
+    config = engine_config(folder)
+    for option, value in options.items():  # on a CPU vLLM turns --enable-dbo off by itself
+        setattr(config.parallel_config, option, value)
+    with pytest.raises(ConfigError, match=f"^{flag} is refused: .*one micro-batch.*Remove"):
+        platform.check(config)
+
+
+def test_balanced_experts_are_refused(folder):
+    config = engine_config(folder)
+    config.parallel_config.enable_eplb = True  # vLLM's own check asks for GPUs
+    with pytest.raises(ConfigError, match="^--enable-eplb is refused: .*Remove it"):
+        platform.check(config)
+
+
+@pytest.mark.parametrize("method", ["mtp", "ngram"])
+def test_adaptive_verification_is_refused(folder, method):
+    draft = {"method": method, "num_speculative_tokens": 1, "enable_adaptive_verification": True}
+    with pytest.raises(ValueError, match="enable_adaptive_verification is refused: .*Remove the key"):
+        engine_config(folder, speculative_config=draft | ({"prompt_lookup_max": 2} if method == "ngram" else {}))
+
+
+def test_vllm_is_promised_nothing_unproven():
+    """What vLLM's base classes promise for a backend and its layers, of which nothing is proven here."""
+    for backend in (DSABackend, IndexCacheBackend):
+        assert not backend.supports_device_cpu_query_lens_mismatch()
+        assert not backend.supports_dcp() and not backend.supports_pcp() and not backend.supports_batch_invariance()
+        assert backend.get_builder_cls().supports_update_block_table is False
+    assert not DSAAttention.supports_dcp and not IndexCache.supports_dcp
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "mxfp4", "nvfp4"])

@@ -154,10 +154,9 @@ def test_warm_up(dropped, running, simulate, monkeypatch):
     assert bool(streams.races) == (dropped is not None)
 
 
-@pytest.mark.parametrize("but", [None, "a CPU", "launched", "in pieces", "profiled", "micro-batches"])
+@pytest.mark.parametrize("but", [None, "a CPU", "launched", "in pieces", "profiled"])
 def test_only_in_a_step_that_is_captured_as_one_graph(but, monkeypatch):
-    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=but == "micro-batches"))
-    layer = SimpleNamespace(cos_sin=SimpleNamespace(is_cuda=but != "a CPU"), vllm_config=config)
+    layer = SimpleNamespace(cos_sin=SimpleNamespace(is_cuda=but != "a CPU"))
     context = SimpleNamespace(attn_metadata=None if but == "profiled" else {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: but != "launched")
     capture = SimpleNamespace(is_active=lambda: but == "in pieces")

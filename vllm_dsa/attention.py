@@ -43,14 +43,22 @@ logger = init_logger("vllm.vllm_dsa.attention")
 WARM_ROWS = 320  # enough for the kernels of many rows
 
 
+def new_selection(vllm_config: Any, config: DSAConfig) -> torch.Tensor:
+    """Room for the positions that a step selects, [max tokens, DSAConfig.top_k] int32."""
+    tokens, top_k = vllm_config.scheduler_config.max_num_batched_tokens, kernel_request(vllm_config, config).top_k
+    return torch.empty(tokens, top_k, dtype=torch.int32)
+
+
 class DSAAttention(nn.Module, AttentionLayerBase):
     """MLA with a lightning indexer; owns the layer's latent cache.
 
     Parameters carry the checkpoint's names, but for fused_qkv_a_proj (q_a_proj, kv_a_proj_with_mqa).
 
-    selection [max tokens, index_topk] int32 is shared by all layers: a layer with an indexer writes the step's
+    selection, new_selection()'s, is shared by all layers: a layer with an indexer writes the step's
     selection there, and one that shares (config.index_shared) has no indexer and reads what stands there.
     """
+
+    supports_dcp = False  # vLLM's base class promises it
 
     def __init__(
         self, config: DSAConfig, quant_config: Any, selection: torch.Tensor, shares_index: bool, prefix: str
@@ -165,7 +173,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         width = self.kernels.query_heads * config.latent_dim + self.heads * config.kv_lora_rank
         held = values.new_empty(tokens, width)
         ranks = get_tensor_model_parallel_world_size()
-        own = 4 * config.index_topk * -(-tokens // ranks) if ranks > 1 else 0  # of a selection that ranks share
+        own = 4 * self.selection.shape[1] * -(-tokens // ranks) if ranks > 1 else 0  # of a selection that ranks share
         taken = max(self.kernels.workspace(tokens) + own, own * (ranks + 1))
         torch.empty(taken, dtype=torch.uint8, device=values.device)
         del held
@@ -173,7 +181,7 @@ class DSAAttention(nn.Module, AttentionLayerBase):
     def warm_up(self, positions: torch.Tensor, *tensors: torch.Tensor | None) -> None:
         """Run _step on made-up caches, so that every kernel is compiled before the first request: a prefill that
         selects, one that does not, one decode, and many, these also on two streams. tensors: of a step on one."""
-        top_k, device = self.config.index_topk, positions.device
+        top_k, device = self.selection.shape[1], positions.device
         block_size = self.vllm_config.cache_config.block_size
         blocks = -(-(top_k + WARM_ROWS) // block_size)
         owners = [self] if self.indexer is None else [self, self.indexer.cache]
@@ -230,13 +238,12 @@ class DSAAttention(nn.Module, AttentionLayerBase):
         would find no room.
 
         What is allocated on one stream may be read on the other: it lives until the layer has joined both, and the
-        next layer begins with the second waiting for the first. Two micro-batches at a time would break that.
+        next layer begins with the second waiting for the first. Two micro-batches at a time, which platform.py
+        refuses, would break that.
         """
         if not self.cos_sin.is_cuda or not torch.cuda.is_current_stream_capturing():
             return None
         if BreakableCUDAGraphCapture.is_active() or get_forward_context().attn_metadata is None:
-            return None
-        if self.vllm_config.parallel_config.use_ubatching:
             return None
         return aux_stream()
 
@@ -326,9 +333,9 @@ def _step(
 ) -> None:
     n, config, kernels, rows, rope = metadata.num_tokens, layer.config, layer.kernels, metadata.rows, layer.rope
     values[n:].zero_()
-    positions, selected = positions[:n], layer.selection[:n, : config.index_topk]
+    positions, selected = positions[:n], layer.selection[:n]
     latent_pages = layer.kv_cache.squeeze(1)
-    dense = dense_parts(rows, config.index_topk, kernels.dense_rows) if kernels.attend_dense else ()
+    dense = dense_parts(rows, selected.shape[1], kernels.dense_rows) if kernels.attend_dense else ()
     sparse = between([part for _, part in dense], n)
 
     index, index_pages = (None, None), None

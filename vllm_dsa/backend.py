@@ -94,7 +94,7 @@ def kernel_request(vllm_config: Any, config: DSAConfig) -> Request:
         num_heads=config.num_attention_heads // ranks,
         index_heads=config.index_n_heads,
         index_dim=config.index_head_dim,
-        top_k=config.index_topk,
+        top_k=config.top_k(vllm_config.model_config.max_model_len),
         block_size=cache_config.block_size,
     )
 
@@ -128,6 +128,10 @@ class DSABackend(AttentionBackend):
     @classmethod
     def is_sparse(cls) -> bool:
         return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # Rows.starts are the host's, and say which rows are decodes
 
 
 class IndexCacheBuilder(AttentionMetadataBuilder[None]):

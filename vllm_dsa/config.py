@@ -7,6 +7,7 @@ from typing import Any
 
 # Indexer RoPE layout by model type. The published weights fix it; a config cannot change it.
 INDEX_ROPE_INTERLEAVED = {"deepseek_v32": False, "glm_moe_dsa": True, "axk2": False}
+PUBLISHED_TOP_K = 2048
 
 _SIZES = (
     "hidden_size",
@@ -39,8 +40,8 @@ _LEAST = {
     "num_nextn_predict_layers": 0,
 }
 # Those of them that publishers, or transformers, leave at null.
-_MAY_BE_NULL = ("first_k_dense_replace", "moe_layer_freq", "index_topk_freq", "index_skip_topk_offset", "n_group")
-_MAY_BE_NULL += ("topk_group", "n_shared_experts", "num_nextn_predict_layers", "num_key_value_heads")
+_MAY_BE_NULL = {"first_k_dense_replace", "moe_layer_freq", "index_topk_freq", "index_skip_topk_offset", "n_group"}
+_MAY_BE_NULL |= {"topk_group", "n_shared_experts", "num_nextn_predict_layers", "num_key_value_heads"}
 # Of a rope type, the keys that take effect beside rope_type (or type) and rope_theta.
 _YARN_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
@@ -50,8 +51,10 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
 }
 # Keys that stand in no published config, or stand elsewhere: whoever sets them expects an effect.
 _UNKNOWN_KEYS = ("rope_interleaved", "dsa_pattern", "rotary_emb_base", "rotary_pct", "rotary_emb_fraction", "rope_dim")
-_NESTED_KEYS = ("rope_type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
-_NESTED_KEYS += ("truncate", "extrapolation_factor", "mrope_section")
+_NESTED_KEYS = (
+    *("rope_type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+    *("truncate", "extrapolation_factor", "mrope_section"),
+)
 _RESTORE = "Restore the published config.json or correct --hf-overrides."
 # Of A.X-K2: key -> the value that is served. The gates are part of every published model.
 _AXK2_SWITCHES = {"attention_output_gate": True, "attn_gate_fused": True, "gated_norm": True, "attention_bias": False}
@@ -124,9 +127,9 @@ class DSAConfig:
         return scale
 
     def top_k(self, max_model_len: int) -> int:
-        """Positions that *select* finds room for: no row sees more than max_model_len keys, and of the multiples of 128
-        that vendor kernels read nothing is lost by rounding up."""
-        return min(self.index_topk, -(-max_model_len // 128) * 128)
+        """Positions that a row of a selection has room for: index_topk, but no more than there are keys, rounded up to
+        what vendor kernels read. What is published stays as it is, for the sake of its bits."""
+        return min(self.index_topk, max(PUBLISHED_TOP_K, -(-max_model_len // 128) * 128))
 
     def shares_index(self, layer: int) -> bool:
         """Has this layer no indexer of its own? An MTP layer always has one."""

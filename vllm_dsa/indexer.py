@@ -16,6 +16,8 @@ from vllm_dsa.packed_weights import none_if_packed
 class IndexCache(nn.Module, AttentionLayerBase):
     """Owns one layer's index-key pages; vLLM allocates and binds them by this layer's name."""
 
+    supports_dcp = False  # vLLM's base class promises it
+
     def __init__(self, head_dim: int, prefix: str) -> None:
         super().__init__()
         self.head_dim = head_dim

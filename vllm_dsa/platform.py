@@ -163,6 +163,18 @@ def _refuse_unproven(vllm_config: Any) -> None:
             "--attention-config hisparse_config is refused: HiSparse reads the caches of vLLM's own DSA layers. Remove "
             "it, or set VLLM_DSA_DISABLE=1 to serve with stock vLLM."
         )
+    parallel = vllm_config.parallel_config
+    if parallel.enable_eplb:
+        raise ConfigError(
+            "--enable-eplb is refused: the copies of experts that it adds would not be loaded, and vLLM would balance "
+            "nothing. Remove it, and num_redundant_experts; --enable-expert-parallel works without."
+        )
+    if parallel.use_ubatching:
+        flag = "--enable-dbo" if parallel.enable_dbo else f"--ubatch-size {parallel.ubatch_size}"
+        raise ConfigError(
+            f"{flag} is refused: DSA layers are proven on one micro-batch at a time; two would write each other's "
+            f"selection. Remove it."
+        )
 
 
 def _refuse_dense(vllm_config: Any) -> None:
@@ -307,6 +319,11 @@ def _check_speculation(vllm_config: Any, config: DSAConfig) -> bool:
         raise ConfigError(
             f"--speculative-config with method {speculation.method!r} is refused: only {' and '.join(DRAFT_METHODS)} "
             f'are proven. Pass \'{{"method": "mtp", "num_speculative_tokens": 1}}\'.'
+        )
+    if speculation.enable_adaptive_verification:
+        raise ConfigError(
+            "--speculative-config with enable_adaptive_verification is refused: it cuts drafts off on the device, and "
+            "DSA layers plan a step by what the host knows. Remove the key."
         )
     if speculation.method != "mtp":
         return False

@@ -51,7 +51,7 @@ def triton(request: Request) -> list[str]:
         ("qk_rope_head_dim", request.rope_dim, min(128, request.index_dim)),
         ("index_head_dim", request.index_dim, 128),
         ("index_n_heads", request.index_heads, 128),
-        ("index_topk", request.top_k, 4096),
+        ("min(index_topk, --max-model-len)", request.top_k, 4096),
     )
     reasons = [f"it takes {name} up to {most}, this is {value}" for name, value, most in limits if value > most]
     if request.rope_dim % 2:

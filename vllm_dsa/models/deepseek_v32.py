@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vllm_dsa import __version__, envs
-from vllm_dsa.attention import DSAAttention
+from vllm_dsa.attention import DSAAttention, new_selection
 from vllm_dsa.checkpoint import FUSED, CheckpointError, Expected, checked
 from vllm_dsa.compat import (
     DeepseekV2MLP,
@@ -108,9 +108,7 @@ class DeepseekV32Model(nn.Module):
             if get_pp_group().is_first_rank
             else PPMissingLayer()
         )
-        selection = torch.empty(
-            vllm_config.scheduler_config.max_num_batched_tokens, config.index_topk, dtype=torch.int32
-        )
+        selection = new_selection(vllm_config, config)
         self.start_layer, self.end_layer, self.layers = make_layers(
             hf_config.num_hidden_layers,
             lambda prefix: self.layer(vllm_config, config, selection, prefix),

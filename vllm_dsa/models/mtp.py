@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_dsa.attention import new_selection
 from vllm_dsa.checkpoint import MTP_COPIES
 from vllm_dsa.compat import LogitsProcessor, ReplicatedLinear, RMSNorm, maybe_prefix, mtp_layer_of_weight
 from vllm_dsa.config import DSAConfig
@@ -41,9 +42,7 @@ class MTPModel(nn.Module):
 
     def __init__(self, vllm_config: Any, config: DSAConfig, prefix: str) -> None:
         super().__init__()
-        selection = torch.empty(
-            vllm_config.scheduler_config.max_num_batched_tokens, config.index_topk, dtype=torch.int32
-        )
+        selection = new_selection(vllm_config, config)
         index = str(config.num_hidden_layers)
         self.layers = nn.ModuleDict({index: MTPLayer(vllm_config, config, selection, f"{prefix}.layers.{index}")})
 

@@ -158,7 +158,8 @@ def runtime_bytes(asked: Asked) -> int:
     chosen = asked.hf_config.get("num_experts_per_tok") or 0
     experts = chosen * (config.hidden_size + int(asked.hf_config.get("moe_intermediate_size") or 0))
     # The selection, in positions and in slots.
-    step = tokens * (width * (4 * config.hidden_size + max(attention, experts)) + 8 * config.index_topk)
+    top_k = config.top_k(asked.max_model_len or config.max_position_embeddings)
+    step = tokens * (width * (4 * config.hidden_size + max(attention, experts)) + 8 * top_k)
     step += int(WORKSPACE_GIB * GIB)
     # Logits in float32, sorted and as probabilities, for as many requests as vLLM tries at start.
     sampling = asked.most_requests * int(asked.hf_config.get("vocab_size") or 0) * 12
