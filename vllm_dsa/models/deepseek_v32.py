@@ -35,8 +35,9 @@ from vllm_dsa.compat import (
     repack_experts,
     vllm_version,
 )
-from vllm_dsa.config import ConfigError, DSAConfig
+from vllm_dsa.config import DSAConfig
 from vllm_dsa.fp8_weights import DequantisedFp8Config, with_plain_fp8
+from vllm_dsa.models.formats import named, require_kernels
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
 
@@ -62,13 +63,7 @@ class DecoderLayer(nn.Module):
                 prefix=f"{prefix}.mlp",
             )
         else:
-            try:
-                self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
-            except NotImplementedError as error:
-                raise ConfigError(
-                    f"quantization_config: vLLM has no kernel here for experts in this format ({error}) Serve them on "
-                    f"an NVIDIA GPU; on a CPU, serve a checkpoint whose experts are bfloat16 or FP8."
-                ) from error
+            self.mlp = self.experts(vllm_config, prefix=f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hf_config.hidden_size, eps=config.rms_norm_eps)
 
@@ -150,7 +145,9 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         config = self._read(vllm_config)
-        self.model = self.decoder(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        with named(vllm_config):
+            self.model = self.decoder(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        require_kernels(self.model, vllm_config)
         attention = self.model.layers[self.model.start_layer].self_attn
         require_agreement(
             {

@@ -14,6 +14,7 @@ from vllm_dsa.checkpoint import MTP_COPIES
 from vllm_dsa.compat import LogitsProcessor, ReplicatedLinear, RMSNorm, maybe_prefix, mtp_layer_of_weight
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.models.deepseek_v32 import DecoderLayer, DeepseekV32ForCausalLM
+from vllm_dsa.models.formats import named, require_kernels
 
 
 class MTPLayer(DecoderLayer):
@@ -72,7 +73,9 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
         config = self._read(vllm_config)
-        self.model = MTPModel(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        with named(vllm_config):
+            self.model = MTPModel(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
+        require_kernels(self.model, vllm_config)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     def forward(
