@@ -128,6 +128,11 @@ def yarn_left_out(layer: Any) -> dict[str, Any]:
     return {"rope": replace(layer.rope, cos_sin=torch.cat([angles.cos(), angles.sin()], dim=1).float())}
 
 
+def attention_factor_left_out(layer: Any) -> dict[str, Any]:
+    """YaRN's factor of cosines and sines."""
+    return {"rope": replace(layer.rope, cos_sin=layer.rope.cos_sin / layer.config.rope["attention_factor"])}
+
+
 def mscale_left_out(layer: Any) -> dict[str, Any]:
     """YaRN's mscale^2 in the softmax scale."""
     return {"config": Patched(layer.config, softmax_scale=layer.config.qk_head_dim**-0.5)}
@@ -360,6 +365,7 @@ class Fault:
 
 _V32 = "tests/test_model.py::test_logprobs_equal_transformers[six_heads_yarn-auto]"
 _FP8 = "tests/test_model.py::test_logprobs_equal_transformers[topk48_plain_rope-fp8_ds_mla]"
+_ROPE = "tests/test_config_keys.py::test_logprobs_under_other_rope_keys_are_transformers[attention_factor]"
 _GLM = "tests/test_glm.py::test_logprobs_equal_transformers[index_topk_pattern]"
 
 FAULTS = (
@@ -367,6 +373,7 @@ FAULTS = (
     Fault(index_rope_at_the_end, _V32),
     Fault(mla_rope_half_split, _V32),
     Fault(yarn_left_out, _V32),
+    Fault(attention_factor_left_out, _ROPE),
     Fault(mscale_left_out, _V32),
     Fault(k_norm_bias_dropped, _V32),
     Fault(k_norm_weight_dropped, _V32),

@@ -108,7 +108,7 @@ def changed(folder, tmp_path, **keys):
 
 
 @pytest.mark.parametrize(
-    "name",
+    "key",
     [
         "attention_factor",
         "mscale absent",
@@ -117,13 +117,14 @@ def changed(folder, tmp_path, **keys):
         pytest.param("original at the top", marks=pytest.mark.slow),
     ],
 )
-def test_logprobs_under_other_rope_keys_are_transformers(folder, tmp_path, name):
-    path = changed(folder, tmp_path, **SERVED[name])
+def test_logprobs_under_other_rope_keys_are_transformers(tmp_path, key):
+    config = write_random(tmp_path, **SIZES) | SERVED[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(2)
     asked = [torch.randint(8, 100, (length,), generator=generator).tolist() for length in (15, 100)]
-    with engine(path, max_model_len=256) as running:
-        difference = differences(running, Oracle(path), asked)
-    assert within(difference, LIMITS["auto"]), (difference.median(), difference.quantile(0.9))
+    with engine(tmp_path, max_model_len=256) as running:
+        difference = differences(running, Oracle(tmp_path), asked)
+        assert within(difference, LIMITS["auto"]), (difference.median(), difference.quantile(0.9))
 
 
 NESTED = {"rope_scaling": None, "rope_parameters": {"indexed_attention": {"rope_type": "default", "rope_theta": 1e4}}}
@@ -197,6 +198,15 @@ REFUSED = {
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act: 'gelu' "),
     "norm_topk_prob": ({"norm_topk_prob": "yes"}, "norm_topk_prob: 'yes' "),
     "quantization_config text": ({"quantization_config": "fp8"}, "quantization_config: 'fp8' "),
+    "quant_method a number": ({"quantization_config": {"quant_method": 5}}, "quantization_config.quant_method: 5 "),
+    "one block size": (
+        {"quantization_config": {"weight_block_size": 128}},
+        "quantization_config.weight_block_size: 128 ",
+    ),
+    "groups of text": (
+        {"quantization_config": {"config_groups": {"g": "int4"}}},
+        "quantization_config.config_groups.g: ",
+    ),
     "architectures": ({"architectures": "DeepseekV32ForCausalLM"}, "architectures: 'DeepseekV32ForCausalLM' "),
     "model_type a list": ({"model_type": ["deepseek_v32"]}, r"model_type: \['deepseek_v32'\] "),
 }
@@ -210,8 +220,11 @@ def test_refused_by_its_name(change, said):
     assert any(step in str(refused.value) for step in STEPS), refused.value
 
 
-TOOLS = ("rope_theta null", "factor NaN", "nested", "part of the dims", "rms_norm_eps null", "vocab_size null")
-TOOLS += ("MTP layers negative", "n_shared_experts text", "mlp_layer_types a number", "quantization_config text")
+TOOLS = (
+    *("rope_theta null", "factor NaN", "nested", "part of the dims", "rms_norm_eps null", "vocab_size null"),
+    *("quant_method a number", "one block size", "groups of text", "MTP layers negative", "n_shared_experts text"),
+    *("mlp_layer_types a number", "quantization_config text"),
+)
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -222,6 +235,14 @@ def test_the_tools_refuse_by_the_same_name(folder, tmp_path, capsys, name):
     assert re.search(said, capsys.readouterr().err)
     assert main(["doctor", str(path)]) == 1
     assert re.search(said, " ".join(capsys.readouterr().out.split()))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "moe_intermediate_size", "n_routed_experts"])
+def test_the_tools_name_what_is_missing(folder, tmp_path, capsys, key):
+    path = changed(folder, tmp_path, **{key: ...})
+    assert main(["plan", str(path), "--gpu", "H200", "--num-gpus", "1"]) == 2 and main(["doctor", str(path)]) == 1
+    printed = capsys.readouterr()
+    assert f"{key}: it is missing" in printed.err and f"{key}: it is missing" in printed.out
 
 
 @pytest.mark.parametrize(

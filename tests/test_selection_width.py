@@ -16,13 +16,6 @@ from vllm_dsa.kernels import limits
 SIZES = dict(num_attention_heads=2, index_n_heads=8, num_hidden_layers=2, index_topk=32768, seed=8)
 
 
-def attention_of(model):
-    return [
-        layer.self_attn
-        for layer in (model.model.layers.values() if hasattr(model.model, "layer") else model.model.layers)
-    ]
-
-
 def test_a_wide_index_topk_takes_no_more_than_the_context(tmp_path):
     """The model's and the draft's; answers as with an index_topk that is no wider than the context."""
     write_random(tmp_path, **SIZES)
@@ -30,9 +23,8 @@ def test_a_wide_index_topk_takes_no_more_than_the_context(tmp_path):
     prompts = [torch.randint(8, 100, (length,), generator=generator).tolist() for length in (300, 20)]
     for options in ({}, {"hf_overrides": {"index_topk": 2048}}):
         with engine(tmp_path, max_model_len=512, **speculative(2), **options) as running:
-            for model in (running.model, drafter(running)):
-                for layer in attention_of(model):
-                    assert tuple(layer.selection.shape) == (64, 2048)
+            for layer in (*running.layers, drafter(running).model.layer.self_attn):
+                assert tuple(layer.selection.shape) == (64, 2048)
             answers.append((running.prompt_logprobs(prompts), running.generate(prompts, 8)))
             request = kernel_request(running.llm.llm_engine.vllm_config, running.layers[0].config)
     assert all(map(torch.equal, answers[0][0], answers[1][0])) and answers[0][1] == answers[1][1]

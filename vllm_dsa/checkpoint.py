@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dsa.config import DSAConfig
+from vllm_dsa.config import DSAConfig, refuse_absent
 
 INDEX_FILE = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
@@ -76,6 +76,7 @@ class Expected:
         """Of a DSA model. None where weights are neither plain, nor block-scaled FP8, nor in a packed format: names and
         shapes are not known."""
         config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
+        refuse_absent(get)
         quantisation = get("quantization_config")
         block = packed = None
         if quantisation:

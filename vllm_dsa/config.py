@@ -228,11 +228,7 @@ def _refuse_kinds(get: Any) -> None:
     architectures, quantisation = get("architectures"), get("quantization_config")
     if isinstance(architectures, str) or not isinstance(architectures or (), Sequence):
         raise ConfigError(f"architectures: {architectures!r} is refused: it must be a list of names. {_RESTORE}")
-    if quantisation is not None and isinstance(quantisation, Sequence | int | float):
-        raise ConfigError(
-            f"quantization_config: {quantisation!r} is refused: it must be a mapping with the key quant_method. "
-            f"{_RESTORE}"
-        )
+    _refuse_quantisation_kinds(quantisation)
     chosen, experts = get("num_experts_per_tok"), get("n_routed_experts")
     if chosen is not None and experts is not None and chosen > experts:
         raise ConfigError(
@@ -248,6 +244,37 @@ def _refuse_kinds(get: Any) -> None:
             f"must fall into n_group groups of equal size, two or more in each, of which topk_group are chosen. "
             f"Restore the published config.json."
         )
+
+
+def refuse_absent(get: Any) -> None:
+    """Of what a checkpoint's tensors are counted by: transformers would take a published model's sizes for what is
+    missing."""
+    for key in ("vocab_size", "intermediate_size", "moe_intermediate_size", "n_routed_experts"):
+        if get(key) is None:
+            raise ConfigError(f"{key}: it is missing. {_RESTORE}")
+
+
+def _refuse_quantisation_kinds(quantisation: Any) -> None:
+    def refuse(key: str, value: Any, kind: str) -> None:
+        raise ConfigError(f"quantization_config{key}: {value!r} is refused: it must be {kind}. {_RESTORE}")
+
+    if isinstance(quantisation, Sequence | int | float):
+        refuse("", quantisation, "a mapping with the key quant_method")
+    if not isinstance(quantisation, Mapping):
+        return  # none, or an object of a library that has read it
+    if not isinstance(quantisation.get("quant_method", ""), str | None):
+        refuse(".quant_method", quantisation["quant_method"], "a name")
+    block = quantisation.get("weight_block_size")
+    whole = isinstance(block, list | tuple) and all(type(n) is int and n > 0 for n in block)
+    if block is not None and not (whole and len(block) == 2):
+        refuse(".weight_block_size", block, "two whole numbers of at least 1")
+    groups = quantisation.get("config_groups") or {}
+    if not isinstance(groups, Mapping):
+        refuse(".config_groups", groups, "a mapping")
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, Mapping) else group
+        if not isinstance(weights, Mapping | None):
+            refuse(f".config_groups.{name}", group, "a mapping with the mapping weights")
 
 
 def _refuse_axk2_keys(get: Any) -> None:
