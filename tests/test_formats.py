@@ -39,7 +39,6 @@ REFUSED = {
 BUILT = {
     "W8A8, plain experts": compressed(*INT8, "channel", TOKENS, [EXPERTS]),
     "FP8 a scale an output, plain experts": compressed(*FP8, "channel", TOKENS, [EXPERTS]),
-    "GPTQ, plain experts": GPTQ | {"bits": 4, "dynamic": {"-:.*mlp\\.experts.*": {}}},
 }
 
 
@@ -74,8 +73,25 @@ def test_a_format_that_is_asked_for_is_named_by_its_flag(folder):
         pytest.fail("built")
 
 
+def test_an_error_of_our_own_keeps_its_words(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_DSA_PROVIDER", "triton")
+    quantisation = BUILT["W8A8, plain experts"]
+    with (
+        pytest.raises(RuntimeError, match="^No provider serves .*Unset VLLM_DSA_PROVIDER"),
+        unloaded(stated(folder, quantisation), dtype="bfloat16", load_format="dummy"),
+    ):
+        pytest.fail("built")
+
+
 @pytest.mark.parametrize("quantisation", BUILT.values(), ids=BUILT)
-def test_with_a_kernel_it_is_built_and_runs(folder, quantisation):
+def test_with_a_kernel_it_is_built(folder, quantisation):
+    with unloaded(stated(folder, quantisation), dtype="bfloat16", load_format="dummy") as (model, _):
+        assert model.model.layers[0].self_attn.o_proj.weight.dtype in (torch.int8, torch.float8_e4m3fn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantisation", BUILT.values(), ids=BUILT)
+def test_with_a_kernel_it_runs(folder, quantisation):
     with engine(stated(folder, quantisation), dtype="bfloat16", load_format="dummy", max_model_len=256) as running:
         (logprobs,) = running.prompt_logprobs([list(range(8, 40))])
     assert torch.isfinite(logprobs).all()

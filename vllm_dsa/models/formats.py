@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_dsa.checkpoint import CheckpointError
 from vllm_dsa.compat import LinearBase, ReplicatedLinear, UnquantizedLinearMethod, current_platform
 from vllm_dsa.config import ConfigError
 
@@ -27,9 +26,19 @@ def named(vllm_config: Any) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        if vllm_config.quant_config is None or isinstance(error, ConfigError | CheckpointError):
+        # On a GPU it raises for other reasons too, sizes that ranks do not divide say, and names them.
+        wanting = current_platform.is_cpu() or isinstance(error, NotImplementedError)
+        if vllm_config.quant_config is None or not wanting or _is_ours(error):
             raise
         raise ConfigError(_refused(vllm_config, str(error))) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Was it raised by this package?"""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__", "").startswith("vllm_dsa")
 
 
 def require_kernels(model: nn.Module, vllm_config: Any) -> None:
@@ -71,6 +80,7 @@ def _refused(vllm_config: Any, reason: str) -> str:
         what = ", ".join([f"quantization_config: quant_method {stated.get('quant_method')!r}", *telling])
     else:
         what = f"--quantization {model_config.quantization}"
+    reason = " ".join(reason.split()).rstrip(".")
     return (
         f"{what} is refused here: vLLM has no kernel on this {current_platform.device_type} for weights in this format "
         f"({reason}). Serve them on an NVIDIA GPU; on a CPU, serve a checkpoint in bfloat16 or block-scaled FP8, or "
