@@ -13,19 +13,19 @@ from vllm_dsa.backend import kernel_request
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.kernels import limits
 
-SIZES = dict(num_attention_heads=2, index_n_heads=8, num_hidden_layers=2, index_topk=32768, seed=8)
+SIZES = dict(num_attention_heads=2, index_n_heads=8, num_hidden_layers=1, kv_lora_rank=64, index_topk=32768, seed=8)
 
 
 def test_a_wide_index_topk_takes_no_more_than_the_context(tmp_path):
     """The model's and the draft's; answers as with an index_topk that is no wider than the context."""
     write_random(tmp_path, **SIZES)
     generator, answers = torch.Generator().manual_seed(3), []
-    prompts = [torch.randint(8, 100, (length,), generator=generator).tolist() for length in (300, 20)]
+    prompts = [torch.randint(8, 100, (length,), generator=generator).tolist() for length in (70, 9)]
     for options in ({}, {"hf_overrides": {"index_topk": 2048}}):
-        with engine(tmp_path, max_model_len=512, **speculative(2), **options) as running:
+        with engine(tmp_path, max_model_len=128, **speculative(2), **options) as running:
             for layer in (*running.layers, drafter(running).model.layer.self_attn):
                 assert tuple(layer.selection.shape) == (64, 2048)
-            answers.append((running.prompt_logprobs(prompts), running.generate(prompts, 8)))
+            answers.append((running.prompt_logprobs(prompts), running.generate(prompts, 3)))
             request = kernel_request(running.llm.llm_engine.vllm_config, running.layers[0].config)
     assert all(map(torch.equal, answers[0][0], answers[1][0])) and answers[0][1] == answers[1][1]
     gpu = replace(request, device_type="cuda", capability=(9, 0), dtype="bfloat16")
