@@ -45,7 +45,7 @@ def _read_first(previous: type) -> type:
         vllm_dsa_hook = True
 
         def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
-            if set(hf_config.architectures or ()) & set(ARCHITECTURES):
+            if set(getattr(hf_config, "architectures", None) or ()) & set(ARCHITECTURES):
                 DSAConfig.from_hf(hf_config)
                 if isinstance(rope := getattr(hf_config, "rope_parameters", None), dict):
                     # What replaces them by --hf-overrides may have the old name, or none, for vLLM to stumble over.

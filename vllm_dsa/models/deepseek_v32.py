@@ -158,16 +158,17 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
                 "VLLM_DSA_SHARD_SCORES": str(envs.VLLM_DSA_SHARD_SCORES),
             }
         )
-        self.lm_head = (
-            ParallelLMHead(
-                self.config.vocab_size,
-                self.config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
+        with named(vllm_config):
+            self.lm_head = (
+                ParallelLMHead(
+                    self.config.vocab_size,
+                    self.config.hidden_size,
+                    quant_config=vllm_config.quant_config,
+                    prefix=maybe_prefix(prefix, "lm_head"),
+                )
+                if get_pp_group().is_last_rank
+                else PPMissingLayer()
             )
-            if get_pp_group().is_last_rank
-            else PPMissingLayer()
-        )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], self.config.hidden_size
