@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine import engine
+from engine import engine, unloaded
 from test_config import V32
 from test_mtp import drafter, speculative
 from tiny_checkpoint import write_random
@@ -16,6 +16,13 @@ from vllm_dsa.kernels import limits
 SIZES = dict(num_attention_heads=2, index_n_heads=8, num_hidden_layers=1, kv_lora_rank=64, index_topk=32768, seed=8)
 
 
+def test_the_buffer_is_no_wider_than_the_context(tmp_path):
+    write_random(tmp_path, **SIZES)
+    with unloaded(tmp_path, load_format="dummy", max_model_len=2048) as (model, _):
+        assert tuple(model.model.layers[0].self_attn.selection.shape) == (64, 2048)
+
+
+@pytest.mark.slow
 def test_a_wide_index_topk_takes_no_more_than_the_context(tmp_path):
     """The model's and the draft's; answers as with an index_topk that is no wider than the context."""
     write_random(tmp_path, **SIZES)
