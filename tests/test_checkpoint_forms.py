@@ -1,7 +1,9 @@
 """Forms that a checkpoint has when another program than its publisher has written it: all experts in one tensor, a tied
 head, other names, an MTP layer that the config does not name, and quantisation methods that are not known here."""
 
+import re
 import shutil
+from contextlib import contextmanager
 
 import checkpoint_files as files
 import pytest
@@ -16,8 +18,9 @@ from tiny_checkpoint import write_random
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader.utils import initialize_model
 
-from vllm_dsa.checkpoint import check
+from vllm_dsa.checkpoint import EXPERTS, check
 from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.tools import memory
@@ -43,16 +46,23 @@ def equal(found, expected) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
-def refused(folder, message, capsys, **options):
+def refused(model, folder, message, capsys):
     """By the checks at start, by doctor, and by the model, to whom tensors may come from elsewhere."""
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        engine_config(folder, **options)
+    with pytest.raises(CheckpointError, match=message) as error:
+        check(folder, config_of(folder))
     status, said = main(["doctor", str(folder)]), capsys.readouterr().out
     assert status == 1 and "refused" in said
-    with unloaded(folder, load_format="dummy", **options) as (model, config):
+    with pytest.raises(CheckpointError, match=message):
+        model.load_weights(iter(read(folder).items()))
+    return str(error.value)
+
+
+@contextmanager
+def empty(folder, **options):
+    """A model that waits for all of its tensors."""
+    with unloaded(folder, load_format="dummy", **options) as (model, _):
         model.required = tuple(model.expected.model)
-        with pytest.raises(CheckpointError, match=message):
-            model.load_weights(iter(read(folder).items()))
+        yield model
 
 
 # All experts of a layer in one tensor
@@ -76,14 +86,14 @@ def packed(tensors, suffix=""):
     return out
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
 def test_a_state_dict_of_transformers_is_served(family, tmp_path):
-    """The tensors of its live model, under the names that its modules have."""
+    """The tensors of its live model, under the names that its modules have; those of A.X-K2 differ in more."""
     source = tmp_path / "published"
     if family == "glm_moe_dsa":
         write_glm(source)
     else:
-        write_random(source, seed=6, family=family, **SIZES)
+        write_random(source, seed=6, **SIZES)
     state = {name: t.contiguous() for name, t in Oracle(source).model.state_dict().items()}
     assert any(name.endswith(".mlp.experts.gate_up_proj") for name in state)
     folder = tmp_path / "saved"
@@ -92,24 +102,37 @@ def test_a_state_dict_of_transformers_is_served(family, tmp_path):
     assert equal(parameters(folder), parameters(source))
 
 
-@pytest.mark.parametrize("suffix", ["", ".weight"])
-def test_packed_experts_answer_as_published_ones_with_drafts(good, tmp_path, suffix, capsys):
-    folder = rewrite(good, tmp_path / "packed", lambda t: packed(t, suffix), config_of(good))
-    assert len(read(folder)) < len(read(good)) - 40
+@pytest.mark.parametrize("family, suffix", [("deepseek_v32", ""), ("deepseek_v32", ".weight"), ("axk2", "")])
+def test_packed_experts_are_those_one_by_one(tmp_path, family, suffix, capsys):
+    """Of the model, and of its MTP layer; `doctor` finds that one, and `plan` counts the same bytes."""
+    source, config = tmp_path / "published", write_random(tmp_path / "published", seed=5, family=family, **SIZES)
+    folder = rewrite(source, tmp_path / "packed", lambda t: packed(t, suffix), config)
+    assert len(read(folder)) <= len(read(source)) - 2 * 8 + 2
+    check(folder, config, drafts=True)
     assert main(["doctor", str(folder)]) == 0 and "MTP weights" not in capsys.readouterr().out
-    if suffix:
-        check(folder, config_of(folder), drafts=True)
-        return
-    asked, found = prompts(config_of(good), multiples=(1 / 16, 5)), {}
+    counted = [memory.weights(path, config, DSAConfig.from_hf(config)).bytes for path in (source, folder)]
+    assert counted[0] == counted[1]
+    found = []
+    for path in (source, folder):
+        options = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}} if family != "axk2" else {}
+        with unloaded(path, **options) as (model, vllm_config):
+            found.append({name: t.clone() for name, t in load(model, vllm_config).items()})
+            if options:
+                drafter = initialize_model(
+                    vllm_config=vllm_config, model_config=vllm_config.speculative_config.draft_model_config
+                )
+                load(drafter, vllm_config)
+                found[-1] |= {f"draft.{name}": t.data.clone() for name, t in drafter.named_parameters()}
+    assert equal(*found) and (family == "axk2") == ("draft.model.layers.2.eh_proj.weight" not in found[0])
+
+
+@pytest.mark.slow
+def test_packed_experts_answer_as_published_ones(good, tmp_path):
+    folder, answered = rewrite(good, tmp_path / "packed", packed, config_of(good)), []
     for path in (good, folder):
         with engine(path, speculative_config={"method": "mtp", "num_speculative_tokens": 1}) as running:
-            drafter = running.llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
-            found[path] = [t.clone() for t in drafter.state_dict().values()], running.prompt_logprobs(asked)
-    for mine, published in zip(found[folder], found[good], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, published, strict=True))
-    # What `plan` counts is the same.
-    counted = [memory.weights(path, config_of(path), DSAConfig.from_hf(config_of(path))).bytes for path in found]
-    assert counted[0] == counted[1]
+            answered.append(running.prompt_logprobs(prompts(config_of(good), multiples=(1 / 16, 5))))
+    assert all(torch.equal(a, b) for a, b in zip(*answered, strict=True))
 
 
 @pytest.mark.parametrize("width, served", [(128, True), (192, False)])
@@ -121,29 +144,31 @@ def test_packed_fp8_experts(tmp_path, width, served, capsys):
     if served:
         assert equal(parameters(folder), parameters(source))
     else:
-        refused(folder, rf"{GATE_UP}_scale_inv .*moe_intermediate_size 192", capsys)
+        with empty(folder) as model:
+            refused(model, folder, rf"{GATE_UP}_scale_inv .*moe_intermediate_size 192", capsys)
 
 
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        (GATE_UP, lambda t: t.transpose(1, 2), r"shape \(8, 128, 96\), config\.json asks for \(8, 96, 128\)"),
-        (DOWN, lambda t: t.transpose(1, 2), r"shape \(8, 48, 128\), config\.json asks for \(8, 128, 48\)"),
-        (GATE_UP, lambda t: t[:7], r"shape \(7, 96, 128\), config\.json asks for \(8, 96, 128\)"),
-        (DOWN, None, r"lacks 8 of \d+ tensors of layers 1: .*experts\.0\.down_proj\.weight"),
-        (GATE_UP, None, r"lacks 16 of \d+ tensors of layers 1: .*experts\.0\.gate_proj\.weight"),
-    ],
-)
-def test_packed_experts_of_another_shape_are_refused(tmp_path, name, change, message, capsys):
-    write_random(tmp_path / "source", moe_intermediate_size=48, **SIZES)
+SHAPES = [
+    (GATE_UP, lambda t: t.transpose(1, 2), r"shape \(8, 128, 96\), config\.json asks for \(8, 96, 128\)"),
+    (DOWN, lambda t: t.transpose(1, 2), r"shape \(8, 48, 128\), config\.json asks for \(8, 128, 48\)"),
+    (GATE_UP, lambda t: t[:7], r"shape \(7, 96, 128\), config\.json asks for \(8, 96, 128\)"),
+    (DOWN, None, r"lacks 8 of \d+ tensors of layers 1: .*experts\.0\.down_proj\.weight"),
+    (GATE_UP, None, r"lacks 16 of \d+ tensors of layers 1: .*experts\.0\.gate_proj\.weight"),
+]
 
-    def changed(tensors):
-        tensors = packed(tensors)
-        tensor = tensors.pop(name)
-        return tensors | ({name: change(tensor).contiguous()} if change else {})
 
+def test_packed_experts_of_another_shape_are_refused(tmp_path, capsys):
     source = tmp_path / "source"
-    refused(rewrite(source, tmp_path / "changed", changed, config_of(source)), message, capsys)
+    write_random(source, moe_intermediate_size=48, **SIZES)
+    with empty(source) as model:
+        for i, (name, change, message) in enumerate(SHAPES):
+            tensors = packed(read(source))
+            tensor = tensors.pop(name)
+            if change:
+                tensors[name] = change(tensor).contiguous()
+            refused(
+                model, rewrite(source, tmp_path / str(i), lambda _, t=tensors: t, config_of(source)), message, capsys
+            )
 
 
 # Other names
@@ -164,16 +189,18 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER)
 @pytest.mark.parametrize("how", [lambda tensors: tensors, packed], ids=["published", "packed"])
-def test_other_names_are_named(good, tmp_path, case, how, capsys):
-    change = OTHER[case]
-    folder = rewrite(good, tmp_path / "other", lambda t: renamed(change)(how(t)), config_of(good))
-    message = r"names \d+ tensors otherwise than the published models do: '\S+' for 'model\.\S+'.*Save the state dict"
-    refused(folder, message, capsys)
-    with pytest.raises(CheckpointError) as error:
-        check(folder, config_of(folder))
-    assert "ownload" not in str(error.value)
+def test_other_names_are_named(good, tmp_path, how, capsys):
+    message = (
+        r"names \d+ tensors otherwise than the published models do: '\S+' for '(model|lm_head)\.\S+'.*Save the state"
+    )
+    with empty(good) as model:
+        for case, change in OTHER.items():
+            folder = rewrite(good, tmp_path / case, lambda t, change=change: renamed(change)(how(t)), config_of(good))
+            assert "ownload" not in refused(model, folder, message, capsys), case
+            experts = [item for item in read(folder).items() if "layers.1." in item[0] and ".mlp.experts." in item[0]]
+            with pytest.raises(CheckpointError, match=message):
+                model.load_weights(iter(experts))
 
 
 # The head
@@ -200,7 +227,11 @@ def test_a_head_in_the_files_is_not_tied(good, tmp_path):
 
 def test_a_missing_head_is_named(good, tmp_path, capsys):
     folder = rewrite(good, tmp_path / "headless", without("lm_head"), config_of(good))
-    refused(folder, r"no lm_head\.weight.*--hf-overrides '{\"tie_word_embeddings\": true}'.*add the file", capsys)
+    message = r"no lm_head\.weight.*--hf-overrides '{\"tie_word_embeddings\": true}'.*add the file"
+    with empty(folder) as model:
+        refused(model, folder, message, capsys)
+    with pytest.raises(ValueError, match=message):
+        engine_config(folder)
     found = parameters(folder, hf_overrides={"tie_word_embeddings": True})
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
@@ -208,25 +239,43 @@ def test_a_missing_head_is_named(good, tmp_path, capsys):
 # An MTP layer that the config does not name
 
 
-@pytest.mark.parametrize("key", [0, None, "absent"])
-def test_an_mtp_layer_without_its_key(good, tmp_path, key, capsys):
-    config = config_of(good) | {"num_nextn_predict_layers": key}
-    if key == "absent":
-        del config["num_nextn_predict_layers"]
-    folder = rewrite(good, tmp_path / "unnamed", lambda t: t, config)
-    assert equal(parameters(folder), parameters(good)), "served, without drafts"
+@pytest.mark.parametrize("family, key", [("deepseek_v32", 0), ("deepseek_v32", None), ("glm_moe_dsa", "absent")])
+def test_an_mtp_layer_without_its_key(good, tmp_path, family, key, capsys):
+    architecture = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}[family]
+    named = config_of(good) | {"model_type": family, "architectures": [architecture]}
+    without_key = {name: value for name, value in named.items() if name != "num_nextn_predict_layers"}
+    if key != "absent":
+        without_key["num_nextn_predict_layers"] = key
+    source, folder = (
+        rewrite(good, tmp_path / str(i), lambda t: t, config) for i, config in enumerate((named, without_key))
+    )
+    assert equal(parameters(folder), parameters(source)), "served, without drafts"
+    drafts = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    for path, found in ((source, False), (folder, True)):
+        assert main(["doctor", str(path)]) == 0
+        assert ("set the key to 1" in " ".join(capsys.readouterr().out.split())) == found
+    said = r"num_nextn_predict_layers in config\.json is (0|None), .*set the key to 1 there"
+    with pytest.raises(ValueError, match=said):
+        engine_config(folder, **drafts)
+    engine_config(source, **drafts)
+
+
+def test_v32_has_one_mtp_layer_where_the_key_is_absent(good, tmp_path, capsys):
+    """By the class with which vLLM reads its config: doctor says no other."""
+    config = config_of(good)
+    del config["num_nextn_predict_layers"]
+    folder = rewrite(good, tmp_path / "absent", lambda t: t, config)
+    engine_config(folder, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
     assert main(["doctor", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "num_nextn_predict_layers" in said and "set the key to 1" in said
-    with pytest.raises(ValueError, match="num_nextn_predict_layers"):
-        engine_config(folder, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+    assert re.search(r"MTP +1 layer", said := capsys.readouterr().out) and "MTP weights" not in said
 
 
 def test_a_layer_of_the_model_without_its_number_is_refused(good, tmp_path, capsys):
     """num_hidden_layers one too small: what follows is no MTP layer."""
     config = config_of(good) | {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
     folder = rewrite(good, tmp_path / "short", lambda t: t, config)
-    refused(folder, r"'model\.layers\.1\.\S+' belongs to no parameter: config\.json names 1 layers", capsys)
+    with empty(folder) as model:
+        refused(model, folder, r"'model\.layers\.1\.\S+' belongs to no parameter: config\.json names 1 layers", capsys)
 
 
 @pytest.mark.parametrize("part", ["model.layers.2.", "indexer.wk", "_scale_inv"])
@@ -269,7 +318,7 @@ UNKNOWN = {
     "mxfp4": {"quant_method": "mxfp4"},
 }
 DROPPED = {
-    ".indexer.": r"no indexer tensors .*and 10 more\).*a conversion has dropped the indexer",
+    ".indexer.": r"no indexer tensors .*and 5 more\).*a conversion has dropped the indexer",
     "layers.0.self_attn.indexer.k_norm.bias": r"lacks 1 of \d+ tensors of layers 0: .*k_norm\.bias",
     "layers.1.self_attn.indexer.weights_proj": r"lacks 1 of \d+ tensors of layers 1: .*weights_proj\.weight",
     "input_layernorm": r"lacks 2 of \d+ tensors of layers 0, 1: .*input_layernorm\.weight",
@@ -296,11 +345,13 @@ def test_an_unknown_method_is_served_whole(dense, tmp_path, method, capsys):
 
 
 @pytest.mark.parametrize("method", UNKNOWN)
-@pytest.mark.parametrize("part", DROPPED)
-def test_what_an_unknown_method_lacks_is_refused(dense, tmp_path, method, part, capsys):
+def test_what_an_unknown_method_lacks_is_refused(dense, tmp_path, method, capsys):
     config = config_of(dense) | {"quantization_config": UNKNOWN[method]}
-    folder = rewrite(dense, tmp_path / "less", without(part), config)
-    refused(folder, DROPPED[part], capsys, dtype="bfloat16")
+    with empty(rewrite(dense, tmp_path / "whole", lambda t: t, config), dtype="bfloat16") as model:
+        for i, (part, message) in enumerate(DROPPED.items()):
+            refused(model, rewrite(dense, tmp_path / str(i), without(part), config), message, capsys)
+    with pytest.raises(ValueError, match=r"no indexer tensors"):
+        engine_config(tmp_path / "0", dtype="bfloat16")
 
 
 def test_modules_of_an_unknown_method_have_any_tensors(dense, tmp_path):
@@ -317,3 +368,19 @@ def test_modules_of_an_unknown_method_have_any_tensors(dense, tmp_path):
         return out
 
     check(rewrite(dense, tmp_path / "apart", taken_apart, config), config)
+
+
+@pytest.mark.parametrize("how", [lambda t: t, packed, renamed(lambda n: n.replace(".weight", ".blocks"))])
+def test_experts_of_an_unknown_method(good, tmp_path, how):
+    """All of a layer in one tensor of any name, or each with its number."""
+    config = config_of(good) | {"quantization_config": {"quant_method": "mxfp4"}}
+
+    def changed(tensors):
+        experts = {name: t for name, t in tensors.items() if EXPERTS in name}
+        return {name: t for name, t in tensors.items() if name not in experts} | how(experts)
+
+    check(rewrite(good, tmp_path / "whole", changed, config), config)
+    for i, part in enumerate([EXPERTS, *([] if how is packed else [".experts.3.", ".experts.7.up_proj"])]):
+        folder = rewrite(good, tmp_path / str(i), lambda t, part=part: without(part)(changed(t)), config)
+        with pytest.raises(CheckpointError, match=rf"lacks \d+ of \d+ tensors of layers 1: .*{re.escape(part)}"):
+            check(folder, config)

@@ -195,6 +195,8 @@ def test_fp8_scales_are_told_by_their_shape(rows, columns):
         found = plain_weight("m", {"weight": weight, "weight_scale": scale}, (rows, columns))
         assert torch.equal(found, meant), shape
     for shape in {(1, rows), (rows, 7), (blocks[0] + 1, blocks[1]), (2, 2, 2)} - {blocks, (1, 1), (rows, 1)}:
+        if shape[0] == rows and columns % shape[1] == 0:
+            continue  # groups of inputs
         with pytest.raises(CheckpointError, match=r"^m: its tensors .*weight_scale"):
             plain_weight("m", {"weight": weight, "weight_scale": torch.rand(shape)}, (rows, columns))
 

@@ -141,6 +141,12 @@ class Expected:
     def _blocks(self, weight: Shape) -> Shape:
         return tuple(math.ceil(n / b) for n, b in zip(weight, self.block or (), strict=True))
 
+    def names(self) -> list[str]:
+        """Names that tensors of the model and of drafts may have, those of all experts of a layer too."""
+        plain = [*self.model, *self.draft, *self.optional]
+        experts = {name.partition(EXPERTS)[0] for name in plain if EXPERTS in name}
+        return plain + [f"{layer}{EXPERTS}{module}" for layer in experts for module in ("gate_up_proj", "down_proj")]
+
     def plain_names(self, name: str) -> list[str]:
         """Names that a stored tensor has in a plain checkpoint with a tensor for each expert; any other as it is."""
         if (found := PACKED_EXPERTS.fullmatch(name)) and not found[3]:
@@ -151,17 +157,20 @@ class Expected:
 
     def missing(self, required: Iterable[str], stored: Iterable[str]) -> list[str]:
         """Those of the ``required`` names that are not ``stored``, be it plain or packed. Where nothing is known of
-        quantised modules, any tensor of a module counts for it, and experts may have any names."""
+        quantised modules, any tensor of a module counts for it, and any of a layer's experts if none has a number."""
         names = {plain for name in stored for plain in self.plain_names(name)}
+        missing = [name for name in required if name not in names]
         if not self.other:
-            return [name for name in required if name not in names]
+            return missing
         modules = {name[: match.start()] for name in names for match in re.finditer(r"\.", name)}
-        return [
-            name
-            for name in required
-            if name not in names
-            and not (self.shape(name) is None and (EXPERTS in name or name.rpartition(".")[0] in modules))
-        ]
+        numbered = {stem for stem, _, last in (module.rpartition(".") for module in modules) if last.isdecimal()}
+
+        def present(name: str) -> bool:
+            experts, found, _ = name.partition(EXPERTS)
+            together = f"{experts}{EXPERTS}"[:-1]
+            return name.rpartition(".")[0] in modules or bool(found and together in modules - numbered)
+
+        return [name for name in missing if self.shape(name) is not None or not present(name)]
 
 
 def _norm(config: DSAConfig, prefix: str, gated: bool) -> dict[str, Shape]:

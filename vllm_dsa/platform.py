@@ -31,6 +31,7 @@ def install() -> None:
         previous = compat.MODELS_CONFIG_MAP.get(architecture, compat.VerifyAndUpdateConfig)
         if not getattr(previous, "vllm_dsa_hook", False):
             compat.MODELS_CONFIG_MAP[architecture] = chained(previous)
+    compat.before_draft_config(_require_mtp_key)
 
 
 def _served(previous: type) -> type:
@@ -284,6 +285,17 @@ def _refuse_quantisation(model_config: Any) -> None:
         "and newer only (below 10.0 they read 4-bit weights and compute in 16 bits). Serve it there, or serve the "
         "model in bfloat16, FP8, AWQ, GPTQ or compressed-tensors W4A16."
     )
+
+
+def _require_mtp_key(hf_config: Any) -> None:
+    """vLLM would divide by a 0 there, and add a null."""
+    model_type, layers = getattr(hf_config, "model_type", None), getattr(hf_config, "num_nextn_predict_layers", None)
+    if model_type in ("deepseek_v32", "glm_moe_dsa") and not layers:
+        raise ConfigError(
+            f"--speculative-config is refused: num_nextn_predict_layers in config.json is {layers!r}, so the model has "
+            f"no MTP layer to draft with. If its files hold one (`vllm-dsa doctor` says so), set the key to 1 there; "
+            f"else remove --speculative-config."
+        )
 
 
 def _check_speculation(vllm_config: Any, config: DSAConfig) -> bool:

@@ -298,11 +298,12 @@ def _load_expert(
     """Hand one expert's tensor to the fused parameter that holds it, unless another rank holds that expert."""
     known = False
     for parameter, part, expert, shard in experts:
-        if part not in name:
+        target = name.replace(part, parameter)
+        missing = is_pp_missing_parameter(target, model)
+        if part not in name or not (missing or target in params):
             continue
         known = True
-        target = name.replace(part, parameter)
-        if is_pp_missing_parameter(target, model):
+        if missing:
             continue
         repack_experts(model.get_submodule(target.rpartition(".")[0]))
         tensor = fitted(name, tensor, params[target], model.expected.exponents)
@@ -317,7 +318,7 @@ def _load_expert(
 
 def _unknown(model: Any, name: str) -> CheckpointError:
     return CheckpointError(
-        other_names([*model.expected.model, *model.expected.draft], [name])
+        other_names(model.expected.names(), [name])
         or f"checkpoint tensor {name!r} belongs to no parameter of {type(model).__name__}. "
         f"Check that config.json and the safetensors files are of the same model."
     )

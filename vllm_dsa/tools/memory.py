@@ -172,7 +172,9 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
                     f"tensor {tensor} in {entry.file} has dtype {entry.dtype}, whose size is not known here. Move the "
                     f"files away to plan from config.json alone."
                 )
-            add(tensor, math.prod(entry.shape) * STORED_BYTES[entry.dtype])
+            # However block scales are stored, vLLM holds float32.
+            block_scale = _blocks(quantisation or {}) and tensor.endswith(checkpoint.SCALE_SUFFIX)
+            add(tensor, math.prod(entry.shape) * (4 if block_scale else STORED_BYTES[entry.dtype]))
     else:
         for tensor, shape in (expected.model | expected.draft | expected.optional).items():
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))

@@ -58,6 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no JSON object. Download it again.")
+    if config.get("model_type") == "deepseek_v32":
+        config.setdefault("num_nextn_predict_layers", 1)  # as the class by which vLLM reads it
     return config
 
 
