@@ -298,13 +298,15 @@ def _load_expert(
     """Hand one expert's tensor to the fused parameter that holds it, unless another rank holds that expert."""
     known = False
     for parameter, part, expert, shard in experts:
+        if part not in name:
+            continue
         target = name.replace(part, parameter)
-        missing = is_pp_missing_parameter(target, model)
-        if part not in name or not (missing or target in params):
+        if is_pp_missing_parameter(target, model):
+            known = True
+            continue
+        if target not in params:
             continue
         known = True
-        if missing:
-            continue
         repack_experts(model.get_submodule(target.rpartition(".")[0]))
         tensor = fitted(name, tensor, params[target], model.expected.exponents)
         if params[target].weight_loader(
