@@ -373,6 +373,31 @@ def test_doctor_sees_a_packed_mtp_layer(folders, form, capsys):
     assert re.search(r"ok +weights +\d+ files", said := capsys.readouterr().out) and "MTP weights" not in said
 
 
+def test_formats_are_found_where_vllm_finds_them(folders, tmp_path, capsys):
+    """compressed-tensors' key of old, and ModelOpt's file of old: without them these are no plain weights."""
+    for form in ("w4a16", "nvfp4"):
+        folder, config = shutil.copytree(folders[form], tmp_path / form), config_of(folders[form])
+        quantisation = config.pop("quantization_config")
+        if form == "w4a16":
+            config["compression_config"] = quantisation
+        else:
+            old = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": quantisation["ignore"]}
+            old = {"producer": {"name": "modelopt"}, "quantization": old}
+            files.write_json(folder / "hf_quant_config.json", old)
+        files.write_json(folder / "config.json", config)
+        assert main(["doctor", str(folder)]) == 0, capsys.readouterr().out
+        lacking = rewritten(folder, tmp_path / f"{form} less", lambda stored: stored.pop(next(
+            name for name in stored if name.endswith(".o_proj.weight_scale")
+        )))  # fmt: skip
+        if form == "w4a16":
+            with unloaded(folder, dtype="bfloat16") as (model, vllm_config):
+                load(model, vllm_config)
+        else:
+            files.write_json(lacking / "hf_quant_config.json", old)
+        assert main(["doctor", str(lacking)]) == 1
+        assert "lacks model.layers.0.self_attn.o_proj.weight_scale" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_conversion_without_the_indexer_is_refused(folders, tmp_path):
     def drop(stored):
         for name in [name for name in stored if ".indexer." in name]:

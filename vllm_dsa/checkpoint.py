@@ -86,10 +86,13 @@ class Expected:
     def from_hf(cls, hf_config: Any) -> "Expected":
         """Of a DSA model."""
         config, get = DSAConfig.from_hf(hf_config), _getter(hf_config)
-        quantisation = get("quantization_config")
+        quantisation = get("quantization_config") or get("compression_config")  # compressed-tensors' own name for it
         block = packed = other = None
         if quantisation:
-            method = _getter(quantisation)("quant_method") or ""
+            # ModelOpt up to 0.29 names no method.
+            method = _getter(quantisation)("quant_method") or (
+                "modelopt" if _getter(quantisation)("quantization") else ""
+            )
             block = _getter(quantisation)("weight_block_size") if method == "fp8" else None
             packed = method if is_packed(method) else None
             other = None if block or packed else method or "unnamed"

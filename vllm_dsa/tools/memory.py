@@ -154,7 +154,7 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         key = ("MTP" if drafts else part, layer, "dropped" if dropped else _sharding(tensor, part))
         sizes[key] = sizes.get(key, 0) + size
 
-    expected = checkpoint.Expected.from_hf({**hf_config, "quantization_config": None})
+    expected = checkpoint.Expected.from_hf({**hf_config, "quantization_config": None, "compression_config": None})
     packed = is_packed(quantisation)
     if stored:
         made_plain = {
