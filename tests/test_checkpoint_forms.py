@@ -127,12 +127,27 @@ def test_packed_experts_are_those_one_by_one(tmp_path, family, suffix, capsys):
 
 
 @pytest.mark.slow
-def test_packed_experts_answer_as_published_ones(good, tmp_path):
-    folder, answered = rewrite(good, tmp_path / "packed", packed, config_of(good)), []
-    for path in (good, folder):
-        with engine(path, speculative_config={"method": "mtp", "num_speculative_tokens": 1}) as running:
-            answered.append(running.prompt_logprobs(prompts(config_of(good), multiples=(1 / 16, 5))))
-    assert all(torch.equal(a, b) for a, b in zip(*answered, strict=True))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False},
+    ],
+    ids=["drafts", "tensor parallel", "pipeline parallel"],
+)
+def test_packed_experts_and_a_tied_head_answer_as_published_ones(good, tmp_path, options, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    asked, tied = prompts(config_of(good), multiples=(1 / 16, 5)), config_of(good) | {"tie_word_embeddings": True}
+    folder = rewrite(good, tmp_path / "packed", lambda t: without("lm_head")(packed(t)), tied)
+    with_head = rewrite(
+        good, tmp_path / "published", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, tied
+    )
+    with engine(with_head) as running:
+        expected = torch.cat(running.prompt_logprobs(asked))
+    with engine(folder, **options) as running:
+        assert within((torch.cat(running.prompt_logprobs(asked)) - expected).abs(), LIMITS["auto"])
 
 
 @pytest.mark.parametrize("width, served", [(128, True), (192, False)])
