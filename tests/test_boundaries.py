@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "vllm_dsa"
 
-FACTS = ("vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.checkpoint")
+FACTS = ("vllm_dsa.config", "vllm_dsa.envs", "vllm_dsa.checkpoint", "vllm_dsa.checkpoint_files")
 BYTES = ("vllm_dsa.cache", "vllm_dsa.metadata")
 WEIGHTS = ("vllm_dsa.fp8_weights", "vllm_dsa.packed_weights")
 SEAM = ("vllm_dsa.backend", "vllm_dsa.compat", "vllm_dsa.platform", "vllm_dsa.metrics", *WEIGHTS)
@@ -36,7 +36,7 @@ class Layer:
 # The first layer with a matching pattern holds.
 TABLE = (
     Layer(("vllm_dsa",), in_functions=("vllm_dsa.*",)),
-    Layer(("vllm_dsa.checkpoint",), ("vllm_dsa.config",)),
+    Layer(("vllm_dsa.checkpoint",), ("vllm_dsa.config", "vllm_dsa.checkpoint_files")),
     Layer(FACTS),
     Layer(BYTES, ("torch", *FACTS)),
     Layer(("vllm_dsa.kernels.reference",), ("torch", *BYTES, CONTRACTS)),

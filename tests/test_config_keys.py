@@ -194,7 +194,7 @@ REFUSED = {
         "index_skip_topk_offset: '1'",
     ),
     "attention_bias": ({"attention_bias": True}, "attention_bias: True "),
-    "tie_word_embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings: True "),
+    "tie_word_embeddings": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes' is refused"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act: 'gelu' "),
     "norm_topk_prob": ({"norm_topk_prob": "yes"}, "norm_topk_prob: 'yes' "),
     "quantization_config text": ({"quantization_config": "fp8"}, "quantization_config: 'fp8' "),

@@ -17,7 +17,8 @@ from test_model import LIMITS, config_of, differences, prompts, within
 from test_planted import answers, questions, words
 
 from vllm_dsa import fp8_weights
-from vllm_dsa.checkpoint import CheckpointError
+from vllm_dsa.checkpoint import check
+from vllm_dsa.checkpoint_files import CheckpointError
 
 # No width of these is a multiple of 128: all last blocks are ragged, and some weights have a single block.
 RAGGED = dict(num_hidden_layers=3, hidden_size=160, num_attention_heads=6, q_lora_rank=40, kv_lora_rank=96)
@@ -108,6 +109,93 @@ def test_dequantised_exactly(shape, dtype):
     weight = codes.view(torch.float8_e4m3fn)
     ours = fp8_weights.dequantise(weight, scale, dtype, "w")
     assert ours.dtype == dtype and torch.equal(ours, dequantised(weight, scale).to(dtype))
+
+
+def exponents_of(tensors, dtype):
+    """Scales that are powers of two as these exponents alone, in one byte."""
+
+    def exponent(scale):
+        assert (torch.exp2(scale.log2().round()) == scale).all()
+        return (scale.log2().round() + 127).to(torch.uint8).view(dtype)
+
+    return {n: exponent(t) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu, torch.bfloat16])
+def test_scales_in_another_dtype(planted, tmp_path, dtype):
+    """bfloat16 holds these scales exactly; of 8 bits the config says that they are exponents, or the dtype does."""
+    config = config_of(planted)
+    if dtype != torch.uint8:
+        config["quantization_config"] = {k: v for k, v in PUBLISHED.items() if k != "scale_fmt"}
+
+    def change(tensors):
+        if dtype != torch.bfloat16:
+            return exponents_of(tensors, dtype)
+        return {n: t.to(dtype) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+
+    folder = rewrite(planted, tmp_path / "other", change, config)
+    assert {t.dtype for n, t in read(folder).items() if n.endswith("_scale_inv")} == {dtype}
+    with unloaded(planted) as (model, vllm_config):
+        expected = load(model, vllm_config)
+    with unloaded(folder) as (model, vllm_config):
+        found = load(model, vllm_config)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("fmt", [None, "float"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_scales_of_integers_are_refused_by_name(ragged, tmp_path, fmt, dtype):
+    """At the start, and while tensors come. int8 and int32 are no exponents whatever the config says."""
+    config = config_of(ragged)
+    config["quantization_config"] = PUBLISHED | {"scale_fmt": "ue8m0" if dtype != torch.uint8 and fmt else fmt}
+
+    def change(tensors):
+        return {n: torch.full_like(t, 120).to(dtype) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+
+    folder = rewrite(ragged, tmp_path / "other", change, config)
+    message = r"_scale_inv holds scales as [UI]\d+, and quantization_config does not say which numbers.*scale_fmt"
+    with pytest.raises(CheckpointError, match=message):
+        check(folder, config)
+    with unloaded(folder, load_format="dummy") as (model, _), pytest.raises(CheckpointError, match=message):
+        model.load_weights(iter(read(folder).items()))
+
+
+E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
+BITS = torch.tensor([120, 127, 130], dtype=torch.uint8)
+NUMBERS = torch.tensor([2.0**-7, 1.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    "given, held, copied",
+    [
+        (BITS, torch.float32, NUMBERS),  # vLLM's parameter of block scales on GPUs
+        (BITS.view(E8M0), torch.float32, NUMBERS),
+        (BITS, E8M0, BITS.view(E8M0)),
+        (BITS.view(E8M0), torch.uint8, BITS),  # that of MXFP8 and MXFP4
+        (BITS, torch.uint8, BITS),
+        (NUMBERS, torch.float32, NUMBERS),
+        (NUMBERS.bfloat16(), torch.float32, NUMBERS),
+        (BITS, E4M3, None),  # of NVFP4: no exponents, whatever another part of the model has
+        (BITS.to(torch.int8), torch.float32, None),
+        (BITS.int(), torch.float32, None),
+    ],
+)
+def test_scales_as_vllms_parameters_hold_them(given, held, copied):
+    """Where vLLM multiplies FP8 it copies scales into parameters of its own: bits must not become integers there."""
+    name, parameter = "m.weight_scale_inv", torch.empty(3).to(held)
+    if copied is None:
+        with pytest.raises(CheckpointError, match=f"{name} holds scales as"):
+            fp8_weights.fitted(name, given, parameter, exponents=True)
+        return
+    parameter.copy_(fp8_weights.fitted(name, given, parameter, exponents=True))
+    assert torch.equal(parameter.view(torch.uint8), copied.view(torch.uint8))
+
+
+def test_integers_for_an_unquantised_weight_are_refused():
+    with pytest.raises(CheckpointError, match=r"m\.weight holds integers \(uint8\).*config\.json .*not quantised"):
+        fp8_weights.fitted("m.weight", BITS, torch.empty(3), exponents=True)
+    packed = torch.empty(3, dtype=torch.int32)
+    assert fp8_weights.fitted("m.qweight", BITS.int(), packed, exponents=False).dtype == torch.int32
 
 
 def pair(name: str) -> list[tuple[str, torch.Tensor]]:

@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
-from engine import EngineArgs, unloaded
+from engine import EngineArgs, load, unloaded
 from fp8_bytes import read, rewrite
 from tiny_checkpoint import write_random
 
-from vllm_dsa.checkpoint import CheckpointError, check, refuse_indexer
+from vllm_dsa.checkpoint import refuse_indexer
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.testing.server import ServerError, serve
 
 INDEX = "model.safetensors.index.json"
@@ -91,7 +92,7 @@ TENSORS = {
     ),
     "one wk": (without(WK), rf"lacks 1 of \d+ tensors of layers 2: {WK}\. Check .*download the checkpoint again"),
     "one expert": (without(".layers.1.mlp.experts.7."), r"lacks 3 of \d+ tensors of layers 1: .*experts\.7\.gate_proj"),
-    "no head": (without("lm_head"), r"lacks 1 of \d+ tensors: lm_head\.weight"),
+    "no head": (without("lm_head"), r"no lm_head\.weight, and tie_word_embeddings .*--hf-overrides"),
     "shape": (
         with_tensor(GATE, lambda t: t[:, :64].clone()),
         rf"tensor {GATE} has shape \(8, 64\), config.json asks for \(8, 128\).*of the same model",
@@ -108,6 +109,14 @@ TENSORS = {
         without(f"{DOWN}_scale_inv"),
         rf"tensor '{DOWN}' has no FP8 partner '{DOWN}_scale_inv' \(1 such.*Download",
     ),
+    "E5M2": (
+        with_tensor(DOWN, lambda t: t.float().to(torch.float8_e5m2)),
+        rf"tensor {DOWN} is FP8 of the kind E5M2.*Convert the model",
+    ),
+    "integers": (
+        with_tensor(f"{DOWN}_scale_inv", lambda t: t.int()),
+        rf"tensor {DOWN}_scale_inv holds scales as I32, and quantization_config does not say which.*as float32",
+    ),
     "no FP8": (
         with_tensor(DOWN, lambda t: t.float()),
         rf"tensor '{DOWN}_scale_inv' has no FP8 partner '{DOWN}'.*Download",
@@ -122,7 +131,10 @@ FILES = {
         rf"{FIRST} is a git-lfs pointer.*git lfs pull",
     ),
     "shard gone": (lambda folder: (folder / SECOND).unlink(), rf"lacks {SECOND}, which {INDEX} names\. Download"),
-    "shard unlisted": (damaged_index(unlisted), rf"lacks \d+ of \d+ tensors.*\({INDEX} does not name {SECOND}\)"),
+    "shard unlisted": (
+        damaged_index(unlisted),
+        rf"lacks \d+ of \d+ tensors.*They are in {SECOND}, which {INDEX} does not name",
+    ),
     "index damaged": (lambda folder: (folder / INDEX).write_text("{"), rf"{INDEX} is damaged.*Download"),
     "index of lists": (damaged_index(listed), rf"{INDEX} is damaged: its weight_map holds more.*Download"),
     "convert.py": (converted, r"model0-mp2\.safetensors: DeepSeek's convert\.py.*Serve the published folder"),
@@ -163,16 +175,16 @@ def test_refused_when_the_config_is_made(hostile):
 
 
 def test_good_folders_pass(good, tmp_path):
-    engine_config(good)
-    # MTP layers may be left out, a file beside those of the index is none of the model's, vLLM finds tensors by the
-    # headers whichever file the index says, and an index is not needed.
+    """MTP layers may be left out, vLLM finds tensors by the headers whichever file the index says, and an index is not
+    needed. What lies beside: test_checkpoint_files.py."""
+    with unloaded(good) as (model, config):
+        expected = load(model, config)
     folder = rewrite(good, tmp_path / "less", without("model.layers.3."), config_of(good))
-    (folder / "consolidated.safetensors").write_bytes(b"not read")
-    damaged_index(swapped)(folder)
-    check(folder, config_of(folder))
-    for name in (INDEX, "consolidated.safetensors"):
-        (folder / name).unlink()
-    check(folder, config_of(folder))
+    for change in (damaged_index(swapped), lambda folder: (folder / INDEX).unlink()):
+        change(folder)
+        with unloaded(folder) as (model, config):
+            found = load(model, config)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_weights_that_are_not_read_are_not_checked(good, tmp_path):

@@ -12,7 +12,7 @@ from test_model import LIMITS, config_of, differences, prompts, within
 from tiny_checkpoint import write_random
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
-from vllm_dsa.checkpoint import CheckpointError
+from vllm_dsa.checkpoint_files import CheckpointError
 
 THREADS = {"enable_multithread_load": True, "num_threads": 4}
 WEIGHTS = shutil.ignore_patterns("*.safetensors", "*.index.json")

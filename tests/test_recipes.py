@@ -24,7 +24,8 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_dsa.checkpoint import CheckpointError, check
+from vllm_dsa.checkpoint import check
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.testing.server import initial_environment, serve
 from vllm_dsa.tools.main import main
 

@@ -3,14 +3,16 @@ served model through vLLM's own kernels. On a GPU: test_gpu_w4.py."""
 
 import json
 import re
+import shutil
 
 import checkpoint_files as files
 import pytest
+import tiny_checkpoint as tiny
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from engine import engine, load, unloaded
-from fp8_bytes import read
+from fp8_bytes import dequantised, read
 from test_glm import PATTERN
 from test_glm import SIZES as GLM_SIZES
 from test_gpu_w4 import kernels, wrong_weights
@@ -27,7 +29,8 @@ from vllm.scalar_type import scalar_types
 from write_4bit import FORMATS, MIXED, quantise, write
 
 from vllm_dsa import checkpoint, packed_weights
-from vllm_dsa.checkpoint import ONLY_READ, CheckpointError, Expected
+from vllm_dsa.checkpoint import ONLY_READ, Expected
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.packed_weights import plain_weight, with_plain_packed
 from vllm_dsa.testing.compare import BFLOAT16_LOGPROBS
@@ -178,6 +181,92 @@ def test_fp8_beside_4_bits(shape):
     assert torch.equal(found, weight.float() * wide)
 
 
+@pytest.mark.parametrize("rows, columns", [(4, 512), (3, 384), (2, 200), (300, 256), (4, 128), (130, 100)])
+def test_fp8_scales_are_told_by_their_shape(rows, columns):
+    """As many blocks as outputs, in some: A.X-K2-Light's weights_proj has 16 of both."""
+    weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    blocks = (-(-rows // 128), -(-columns // 128))
+    for shape in {(), (1,), (1, 1), (rows,), (rows, 1), blocks}:
+        scale = torch.rand(shape) + 0.5
+        if shape == blocks:
+            meant = dequantised(weight, scale)
+        else:
+            meant = weight.float() * (scale.reshape(-1, 1) if scale.numel() > 1 else scale)
+        found = plain_weight("m", {"weight": weight, "weight_scale": scale}, (rows, columns))
+        assert torch.equal(found, meant), shape
+    for shape in {(1, rows), (rows, 7), (blocks[0] + 1, blocks[1]), (2, 2, 2)} - {blocks, (1, 1), (rows, 1)}:
+        if shape[0] == rows and columns % shape[1] == 0:
+            continue  # groups of inputs
+        with pytest.raises(CheckpointError, match=r"^m: its tensors .*weight_scale"):
+            plain_weight("m", {"weight": weight, "weight_scale": torch.rand(shape)}, (rows, columns))
+
+
+@pytest.mark.parametrize("columns", [512, 384])
+def test_block_scales_of_compressed_tensors_as_many_as_outputs(tmp_path, columns):
+    """A whole checkpoint: weights_proj [4, 512] with scales [1, 4], and [3, 384] with [1, 3]."""
+    heads = columns // 128
+    sizes = dict(hidden_size=columns, index_n_heads=heads, num_hidden_layers=1, num_nextn_predict_layers=0)
+    tiny.write_random(tmp_path / "source", dtype="bfloat16", first_k_dense_replace=1, **sizes)
+    tensors, name = read(tmp_path / "source"), "model.layers.0.self_attn.indexer.weights_proj.weight"
+    weight, scale = tensors[name].float(), torch.rand(1, heads) + 0.5
+    tensors[name] = (weight / scale.repeat_interleave(128, 1)).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale"] = scale
+    eight = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    group = {"targets": ["re:.*weights_proj"], "weights": eight | {"strategy": "block", "block_structure": [128, 128]}}
+    group |= {"input_activations": {**eight, "dynamic": True, "strategy": "group", "group_size": 128}}
+    config = config_of(tmp_path / "source") | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+            "config_groups": {"group_0": group}, "ignore": [],
+        }
+    }  # fmt: skip
+    folder = tmp_path / "block"
+    shutil.copytree(tmp_path / "source", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    files.write(folder, config, tensors)
+    with unloaded(folder, dtype="bfloat16") as (model, vllm_config):
+        found = load(model, vllm_config)[name]
+    assert torch.equal(found, dequantised(tensors[name], scale).bfloat16())
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("form", ["mxfp8", "mxfp4, compressed-tensors", "mxfp4"])
+def test_exponents_for_scales(form, stored):
+    """OCP's formats: groups of 32 inputs with one ue8m0; by the book."""
+    exponents = torch.randint(118, 130, (6, 4), dtype=torch.uint8)
+    scale = torch.exp2(exponents.float() - 127).repeat_interleave(32, 1)
+    if form == "mxfp8":
+        weight = torch.randn(6, 128).to(torch.float8_e4m3fn)
+        parts, values = {"weight": weight}, weight.float()
+    else:
+        packed = torch.randint(0, 256, (6, 64), dtype=torch.uint8)
+        parts = {"weight_packed" if "," in form else "weight": packed}
+        values = torch.tensor([[fp4(half) for b in row for half in (b & 15, b >> 4)] for row in packed.tolist()])
+    parts["weight_scale"] = exponents.view(stored)
+    assert torch.equal(plain_weight("m", parts, (6, 128), exponents=True), values * scale)
+    if stored == torch.uint8:
+        with pytest.raises(CheckpointError, match=r"m.*weight_scale"):
+            plain_weight("m", parts, (6, 128))
+    config = {"quant_method": "modelopt", "quant_algo": form.upper()}
+    assert Expected.from_hf(tiny.make_config() | {"quantization_config": config}).exponents
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4a16"])
+def test_scales_of_nvfp4_are_no_exponents(folders, form, tmp_path):
+    """Their bits as uint8 are refused: what they are of, nothing says."""
+
+    def as_bits(stored):
+        for name in [name for name in stored if name.endswith("weight_scale")]:
+            stored[name] = stored[name].view(torch.uint8)
+
+    target = rewritten(folders[form], tmp_path / "bits", as_bits)
+    with pytest.raises(CheckpointError, match=r"weight_scale holds scales as U8, and quantization_config does not say"):
+        checkpoint.check(target, config_of(target))
+    parts, _ = sample(form)
+    parts["weight_scale"] = parts["weight_scale"].view(torch.uint8)
+    with pytest.raises(CheckpointError, match="holds scales as uint8"):
+        plain_weight("m", parts, (48, 128), exponents=True)
+
+
 def test_damaged_weights_are_refused_by_name():
     for form in FORMATS:
         parts, _ = sample(form)
@@ -282,6 +371,31 @@ def test_files_are_checked_by_name(folders, form, tmp_path):
 def test_doctor_sees_a_packed_mtp_layer(folders, form, capsys):
     main(["doctor", str(folders[form])])
     assert re.search(r"ok +weights +\d+ files", said := capsys.readouterr().out) and "MTP weights" not in said
+
+
+def test_formats_are_found_where_vllm_finds_them(folders, tmp_path, capsys):
+    """compressed-tensors' key of old, and ModelOpt's file of old: without them these are no plain weights."""
+    for form in ("w4a16", "nvfp4"):
+        folder, config = shutil.copytree(folders[form], tmp_path / form), config_of(folders[form])
+        quantisation = config.pop("quantization_config")
+        if form == "w4a16":
+            config["compression_config"] = quantisation
+        else:
+            old = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": quantisation["ignore"]}
+            old = {"producer": {"name": "modelopt"}, "quantization": old}
+            files.write_json(folder / "hf_quant_config.json", old)
+        files.write_json(folder / "config.json", config)
+        assert main(["doctor", str(folder)]) == 0, capsys.readouterr().out
+        lacking = rewritten(folder, tmp_path / f"{form} less", lambda stored: stored.pop(next(
+            name for name in stored if name.endswith(".o_proj.weight_scale")
+        )))  # fmt: skip
+        if form == "w4a16":
+            with unloaded(folder, dtype="bfloat16") as (model, vllm_config):
+                load(model, vllm_config)
+        else:
+            files.write_json(lacking / "hf_quant_config.json", old)
+        assert main(["doctor", str(lacking)]) == 1
+        assert "lacks model.layers.0.self_attn.o_proj.weight_scale" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_conversion_without_the_indexer_is_refused(folders, tmp_path):

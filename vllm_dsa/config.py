@@ -215,16 +215,16 @@ def _refuse_kinds(get: Any) -> None:
         if value is not None or key not in _MAY_BE_NULL:
             _whole(key, value, least)
     _number("routed_scaling_factor", get("routed_scaling_factor", 1.0))
-    for key, step in (
-        ("attention_bias", "Set it to false; a checkpoint that was trained with biases is not served"),
-        ("mlp_bias", "Set it to false; a checkpoint that was trained with biases is not served"),
-        ("tie_word_embeddings", "Set it to false, and write the embedding once more as lm_head.weight"),
-    ):
+    for key in ("attention_bias", "mlp_bias"):
         if get(key, False) not in (False, None):
             raise ConfigError(
-                f"{key}: {get(key)!r} is refused: no DSA model is published with it, and it would have no effect. "
-                f"{step}."
+                f"{key}: {get(key)!r} is refused: no DSA model is published with it, and it would have no effect. Set "
+                f"it to false; a checkpoint that was trained with biases is not served."
             )
+    if get("tie_word_embeddings", False) not in (True, False, None):
+        raise ConfigError(
+            f"tie_word_embeddings: {get('tie_word_embeddings')!r} is refused: it must be true or false. {_RESTORE}"
+        )
     if get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act: {get('hidden_act')!r} is refused: DSA models have 'silu'. {_RESTORE}")
     if not isinstance(get("norm_topk_prob", True), bool):

@@ -1,7 +1,8 @@
 """Block-scaled FP8 weights on a CPU: dequantised while loading.
 
 DeepSeek publishes weights as e4m3 with one float32 scale for each 128x128 block (``weight`` and ``weight_scale_inv``).
-vLLM multiplies them as they are on GPUs; on a CPU the layers are built unquantised and fed dequantised weights.
+Others store the scale's exponent alone, in 8 bits (ue8m0). vLLM multiplies weights as they are on GPUs; on a CPU the
+layers are built unquantised and fed dequantised weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from vllm_dsa import compat
-from vllm_dsa.checkpoint import SCALE_SUFFIX, CheckpointError, refuse_unpaired
+from vllm_dsa.checkpoint import SCALE, SCALE_SUFFIX, refuse_unpaired, unknown_scale
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
 
 METHOD = "dsa_fp8_dequantised"
@@ -75,8 +77,36 @@ def register() -> None:
         compat.register_quantization_config(METHOD)(DequantisedFp8Config)
 
 
+def numbers(name: str, scale: torch.Tensor, exponents: bool) -> torch.Tensor:
+    """Scales as float32, whatever they are stored as. exponents: does the config say that 8 bits are ue8m0? Raises
+    CheckpointError where they could stand for any numbers."""
+    if scale.dtype == torch.uint8 and exponents:
+        scale = scale.view(torch.float8_e8m0fnu)
+    if not scale.is_floating_point():
+        raise CheckpointError(unknown_scale(name, str(scale.dtype).removeprefix("torch.")))
+    return scale.float()
+
+
+def fitted(name: str, tensor: torch.Tensor, parameter: torch.Tensor, exponents: bool) -> torch.Tensor:
+    """A tensor for vLLM to copy into ``parameter``: scales as that holds them, since a copy takes bits for integers.
+    Raises CheckpointError for other integers where numbers belong."""
+    held = parameter.dtype
+    if tensor.dtype == torch.float8_e8m0fnu:
+        return tensor.view(torch.uint8) if held == torch.uint8 else tensor
+    if tensor.is_floating_point() or not held.is_floating_point:
+        return tensor
+    if held == torch.float8_e8m0fnu:
+        return tensor.view(held)
+    if SCALE.fullmatch(name):
+        return numbers(name, tensor, exponents and held != torch.float8_e4m3fn)
+    raise CheckpointError(
+        f"checkpoint tensor {name} holds integers ({str(tensor.dtype).removeprefix('torch.')}), and by config.json "
+        f"this weight is not quantised. Restore the published config.json (quantization_config)."
+    )
+
+
 def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """e4m3 [out, in] times float32 scales [ceil(out / 128), ceil(in / 128)], in ``dtype``; last blocks may be ragged.
+    """e4m3 [out, in] times scales [ceil(out / 128), ceil(in / 128)] float32, in ``dtype``; last blocks may be ragged.
 
     Works one row of blocks at a time in one buffer, so that no float32 copy of the whole weight exists.
     """
@@ -88,7 +118,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
             f"{blocks} blocks of {BLOCK}x{BLOCK}. The checkpoint is damaged: download it again."
         )
     out = torch.empty(rows, columns, dtype=dtype)
-    wide = scale.float().repeat_interleave(BLOCK, dim=1)[:, :columns]  # [row blocks, in]
+    wide = scale.repeat_interleave(BLOCK, dim=1)[:, :columns]  # [row blocks, in]
     buffer = torch.empty(BLOCK, columns, dtype=torch.float32)
     for i, start in enumerate(range(0, rows, BLOCK)):
         band = buffer[: rows - start].copy_(weight[start : start + BLOCK]).mul_(wide[i])
@@ -97,7 +127,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, na
 
 
 def with_plain_fp8(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, exponents: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass tensors on under their names, each e4m3 weight dequantised once its scale has come, in whatever order.
 
@@ -113,5 +143,6 @@ def with_plain_fp8(
         pair[name] = tensor
         if len(pair) == 2:
             del waiting[weight]
-            yield weight, dequantise(pair[weight], pair[weight + SCALE_SUFFIX], dtype, weight)
+            scale = numbers(weight + SCALE_SUFFIX, pair[weight + SCALE_SUFFIX], exponents)
+            yield weight, dequantise(pair[weight], scale, dtype, weight)
     refuse_unpaired([name for pair in waiting.values() for name in pair])

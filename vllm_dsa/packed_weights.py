@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 
-from vllm_dsa.checkpoint import FUSED, ONLY_READ, CheckpointError, Expected
+from vllm_dsa.checkpoint import FUSED, ONLY_READ, Expected
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import ConfigError
-from vllm_dsa.fp8_weights import dequantise
+from vllm_dsa.fp8_weights import BLOCK, dequantise, numbers
 
 Tensors = Mapping[str, torch.Tensor]
 # Scales of an FP8 cache: fp8_ds_mla has scales of its own.
 CACHE_SCALE = re.compile(r"\.([kqv]|kv|k_cache|v_cache)_(scale|zero_point)$")
 GLOBAL_SCALES = ("weight_scale_2", "weight_global_scale")  # one for a whole weight
 # vLLM's methods of packed weights, as its configs name themselves.
-METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mixed")
+METHODS = ("auto_awq", "auto_gptq", "moe_wna16", "compressed-tensors", "modelopt", "modelopt_fp4")
+METHODS += ("modelopt_mxfp8", "modelopt_mixed")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are the same with a minus
 AWQ_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # where in an int32 the output columns 0 to 7 lie, in units of 4 bits
 
@@ -75,7 +77,7 @@ def with_plain_packed(
         else:
             yield name, tensor
     for module in sorted(waiting):
-        weight = plain_weight(module, waiting.pop(module), expected.shape(f"{module}.weight"))
+        weight = plain_weight(module, waiting.pop(module), expected.shape(f"{module}.weight"), expected.exponents)
         yield f"{module}.weight", weight.to(dtype)
 
 
@@ -110,12 +112,13 @@ def _refuse_unequal(module: str, name: str, tensor: torch.Tensor, seen: dict[str
         )
 
 
-def plain_weight(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+def plain_weight(module: str, parts: Tensors, shape: tuple[int, ...], exponents: bool = False) -> torch.Tensor:
     """Weight of ``shape`` [out, in], float32, of a module that is stored as ``parts``: AWQ, GPTQ, compressed-tensors'
-    integers of 4 or 8 bits or NVFP4, ModelOpt's NVFP4, or FP8. Raises CheckpointError."""
+    integers of 4 or 8 bits or NVFP4, ModelOpt's NVFP4, MXFP4, MXFP8 or FP8. exponents: are scales of 8 bits ue8m0?
+    Raises CheckpointError."""
     cause: Exception | None = None
     try:
-        weight = _decoded(module, parts, shape)
+        weight = _decoded(module, parts, shape, exponents)
         if weight.shape == shape:
             return weight
     except (KeyError, RuntimeError, ZeroDivisionError) as error:
@@ -123,35 +126,54 @@ def plain_weight(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.T
     stored = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}".replace("torch.", "") for name, t in parts.items())
     raise CheckpointError(
         f"{module}: its tensors ({stored}) are no weight of shape {tuple(shape)} in a format that is known here: AWQ, "
-        f"symmetric GPTQ, compressed-tensors (integers of 4 or 8 bits, NVFP4), ModelOpt NVFP4, FP8. If the checkpoint "
-        f"is of one of these, download it again; else quantise the model again with this module left out (in the "
-        f"ignore list)."
+        f"symmetric GPTQ, compressed-tensors (integers of 4 or 8 bits, NVFP4), ModelOpt NVFP4, MXFP4, MXFP8, FP8. If "
+        f"the checkpoint is of one of these, download it again; else quantise the model again with this module left "
+        f"out (in the ignore list)."
     ) from cause
 
 
-def _decoded(module: str, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
+def _decoded(module: str, parts: Tensors, shape: tuple[int, ...], exponents: bool) -> torch.Tensor:
+    def scales(name: str) -> torch.Tensor:
+        return numbers(f"{module}.{name}", parts[name], exponents)
+
     if "qweight" in parts:
-        packed, scales = parts["qweight"], parts["scales"].float().T  # [out, groups]
-        if len(scales) == packed.shape[1]:  # GPTQ, packed along the inputs; vLLM takes it symmetric only
+        packed, by_group = parts["qweight"], scales("scales").T  # [out, groups]
+        if len(by_group) == packed.shape[1]:  # GPTQ, packed along the inputs; vLLM takes it symmetric only
             bits = 32 * len(packed) // shape[1]
-            return _grouped(_integers(packed.T, bits) - 2 ** (bits - 1), scales)
+            return _grouped(_integers(packed.T, bits) - 2 ** (bits - 1), by_group)
         codes, zeros = (_awq_columns(parts[name]).T for name in ("qweight", "qzeros"))
-        return _grouped(codes, scales, zeros)
-    scales = parts["weight_scale" if "weight_scale" in parts else "weight_scale_inv"].float()
+        return _grouped(codes, by_group, zeros)
+    name = "weight_scale" if "weight_scale" in parts else "weight_scale_inv"
     if "weight_packed" in parts and parts["weight_packed"].dtype == torch.int32:
         bits = 32 * parts["weight_packed"].shape[1] // shape[1]
         codes = _integers(parts["weight_packed"], bits)[:, : shape[1]]
         if "weight_zero_point" not in parts:
-            return _grouped(codes - 2 ** (bits - 1), scales)
-        return _grouped(codes, scales, _integers(parts["weight_zero_point"].T, bits).T[: len(codes)])
-    if "weight_packed" in parts:
-        return _grouped(_e2m1(parts["weight_packed"]), scales / parts["weight_global_scale"].float())
-    weight = parts["weight"]
+            return _grouped(codes - 2 ** (bits - 1), scales(name))
+        return _grouped(codes, scales(name), _integers(parts["weight_zero_point"].T, bits).T[: len(codes)])
+    weight = parts["weight_packed" if "weight_packed" in parts else "weight"]
     if weight.dtype == torch.uint8:
-        return _grouped(_e2m1(weight), scales * parts["weight_scale_2"].float())
-    if scales.numel() in (1, len(weight)):  # one for all, or one an output
+        overall = next((part for part in GLOBAL_SCALES if part in parts), None)
+        if overall is None:
+            if not (exponents or parts[name].dtype == torch.float8_e8m0fnu):
+                raise KeyError("a global scale")  # NVFP4 has one, MXFP4 has exponents
+            return _grouped(_e2m1(weight), scales(name))
+        by_group = numbers(f"{module}.{name}", parts[name], False)  # of NVFP4: e4m3
+        factor = scales(overall)
+        return _grouped(_e2m1(weight), by_group / factor if overall == "weight_global_scale" else by_group * factor)
+    return _scaled(module, weight, scales(name))
+
+
+def _scaled(module: str, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """FP8 [out, in] times one scale, one an output [out] or [out, 1], one a block of 128x128, or one a group of
+    consecutive inputs [out, groups] (MXFP8): which of them, their shape says."""
+    rows, columns = weight.shape
+    if scales.numel() == 1 or scales.shape in ((rows,), (rows, 1)):
         return weight.float() * scales.view(-1, 1)
-    return dequantise(weight, scales, torch.float32, f"{module}.weight")
+    if scales.shape == (-(-rows // BLOCK), -(-columns // BLOCK)):
+        return dequantise(weight, scales, torch.float32, f"{module}.weight")
+    if scales.dim() == 2 and len(scales) == rows:
+        return _grouped(weight, scales)
+    raise RuntimeError(f"scales of shape {tuple(scales.shape)}")
 
 
 def _grouped(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:

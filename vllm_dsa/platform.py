@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dsa import cache, checkpoint, compat, envs
+from vllm_dsa.checkpoint_files import FORMATS, PICKLED_FORMATS
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError, DSAConfig
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "AXK2ForCausalLM")
 # Their weights have no indexer, and vLLM drops tensors of one without a word.
 DENSE_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 # --load-format values that read the published files.
-PUBLISHED_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+PUBLISHED_FORMATS = ("auto", *FORMATS, *PICKLED_FORMATS)
 BLOCK_SIZE_MULTIPLE = 16
 GPU_BLOCK_SIZE = 64  # what FlashMLA and DeepGEMM read
 FP8_DS_MLA_NAMES = ("fp8", "fp8_e4m3", cache.FP8_DS_MLA)
@@ -35,6 +36,7 @@ def install() -> None:
         previous = convertors.get(model_type, compat.ModelArchConfigConvertorBase)
         if not getattr(previous, "vllm_dsa_hook", False):
             convertors[model_type] = _read_first(previous)
+    compat.before_draft_config(_require_mtp_key)
 
 
 def _read_first(previous: type) -> type:
@@ -84,7 +86,7 @@ def _dense(previous: type) -> type:
             if (folder := _published_folder(vllm_config)) and not hasattr(
                 vllm_config.model_config.hf_config, "index_topk"
             ):
-                checkpoint.refuse_indexer(folder)
+                checkpoint.refuse_indexer(folder, vllm_config.load_config.load_format)
             previous.verify_and_update_config(vllm_config)
 
     return DenseModelConfig
@@ -140,8 +142,18 @@ def check(vllm_config: Any) -> None:
         )
     if connector:
         _check_transfer(vllm_config, config, connector)
+    _settle_load_format(vllm_config)
     if folder := _published_folder(vllm_config):
-        checkpoint.check(folder, model_config.hf_config, drafts)
+        checkpoint.check(folder, model_config.hf_config, drafts, vllm_config.load_config.load_format)
+
+
+def _settle_load_format(vllm_config: Any) -> None:
+    """Have ``auto`` read the files that transformers reads. vLLM would take any file consolidated*.safetensors, in a
+    subfolder even, for the whole model, whatever else is there; no DSA model is published in Mistral's format."""
+    drafts = getattr(vllm_config.speculative_config, "draft_load_config", None)
+    for load_config in (vllm_config.load_config, drafts):
+        if load_config is not None and load_config.load_format == "auto" and not vllm_config.model_config.model_weights:
+            load_config.load_format = "hf"
 
 
 def _published_folder(vllm_config: Any) -> Path | None:
@@ -308,6 +320,17 @@ def _refuse_quantisation(model_config: Any) -> None:
         "and newer only (below 10.0 they read 4-bit weights and compute in 16 bits). Serve it there, or serve the "
         "model in bfloat16, FP8, AWQ, GPTQ or compressed-tensors W4A16."
     )
+
+
+def _require_mtp_key(hf_config: Any) -> None:
+    """vLLM would divide by a 0 there, and add a null."""
+    model_type, layers = getattr(hf_config, "model_type", None), getattr(hf_config, "num_nextn_predict_layers", None)
+    if model_type in ("deepseek_v32", "glm_moe_dsa") and not layers:
+        raise ConfigError(
+            f"--speculative-config is refused: num_nextn_predict_layers in config.json is {layers!r}, so the model has "
+            f"no MTP layer to draft with. If its files hold one (`vllm-dsa doctor` says so), set the key to 1 there; "
+            f"else remove --speculative-config."
+        )
 
 
 def _check_speculation(vllm_config: Any, config: DSAConfig) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 
 from vllm_dsa import __version__, envs
 from vllm_dsa.attention import DSAAttention, new_selection
-from vllm_dsa.checkpoint import FUSED, CheckpointError, Expected, checked
+from vllm_dsa.checkpoint import EMBEDDING, EXPERTS, FUSED, HEAD, Expected, checked, other_names, split_experts
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.compat import (
     DeepseekV2MLP,
     DeepseekV2MoE,
@@ -36,7 +37,7 @@ from vllm_dsa.compat import (
     vllm_version,
 )
 from vllm_dsa.config import DSAConfig
-from vllm_dsa.fp8_weights import DequantisedFp8Config, with_plain_fp8
+from vllm_dsa.fp8_weights import DequantisedFp8Config, fitted, with_plain_fp8
 from vllm_dsa.models.formats import named, require_kernels
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
@@ -185,7 +186,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         self.quant_config = vllm_config.quant_config
         exclude_fused(self.quant_config, _fused_modules(config))
         self.expected = Expected.from_hf(self.config)
-        if self.expected is not None and self.expected.packed:
+        if self.expected.packed:
             ask_for_amx()
         self.required = self._required(vllm_config)
         return config
@@ -213,11 +214,11 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
     def _required(self, vllm_config: Any) -> tuple[str, ...]:
         """Names of the tensors that the first load must bring."""
-        if self.expected is None or vllm_config.load_config.load_format == "dummy":
+        if vllm_config.load_config.load_format == "dummy":
             return ()
         names = self.expected.draft if self.is_draft else self.expected.model
         if vllm_config.parallel_config.enable_expert_parallel:  # vLLM does not read other ranks' experts
-            return tuple(name for name in names if ".mlp.experts." not in name)
+            return tuple(name for name in names if EXPERTS not in name)
         return tuple(names)
 
     def _is_skipped(self, name: str) -> bool:
@@ -232,17 +233,18 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         The first call must bring every tensor; later ones, which update weights in place, may bring some.
         """
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
-        if self.expected is not None:
-            weights = checked(weights, self.expected, self.required)
+        weights = split_experts(checked(weights, self.expected, self.required))
         if isinstance(self.quant_config, DequantisedFp8Config):
-            weights = with_plain_fp8(weights, self.dtype)
-        elif self.expected is not None and self.expected.packed:
+            weights = with_plain_fp8(weights, self.dtype, self.expected.exponents)
+        elif self.expected.packed:
             weights = with_plain_packed(weights, self.dtype, self.expected)
+        if getattr(self.config, "tie_word_embeddings", False) and not self.is_draft:
+            weights = _with_head(weights)
         params = dict(self.named_parameters())
         experts = self.get_expert_mapping()
         loaded: set[str] = set()
         for name, tensor in weights:
-            if ".mlp.experts." in name:
+            if EXPERTS in name:
                 loaded |= _load_expert(self, params, experts, name, tensor)
             else:
                 loaded |= _load_parameter(self, params, name, tensor)
@@ -262,7 +264,15 @@ def _fused_modules(config: DSAConfig) -> Iterator[str]:
         yield from (f"model.layers.{layer}.self_attn.fused_qkv_a_proj", f"model.layers.{layer}.{mlp}.gate_up_proj")
 
 
-def _load_parameter(model: nn.Module, params: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> set[str]:
+def _with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tied: the embedding is the head too. Each has a parameter, the first and the last pipeline stage may differ."""
+    for name, tensor in weights:
+        yield name, tensor
+        if name == EMBEDDING:
+            yield HEAD, tensor
+
+
+def _load_parameter(model: Any, params: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> set[str]:
     """Hand a tensor to the parameter that it is, or that it is one shard of, unless another stage holds that."""
     target, shard = name, ()
     for fused, parts in FUSED.items():
@@ -274,23 +284,27 @@ def _load_parameter(model: nn.Module, params: dict[str, nn.Parameter], name: str
     if target not in params:
         raise _unknown(model, name)
     loader = getattr(params[target], "weight_loader", default_weight_loader)
-    loader(params[target], tensor, *shard)
+    loader(params[target], fitted(name, tensor, params[target], model.expected.exponents), *shard)
     return {target}
 
 
 def _load_expert(
-    model: nn.Module, params: dict[str, nn.Parameter], experts: list[Any], name: str, tensor: torch.Tensor
+    model: Any, params: dict[str, nn.Parameter], experts: list[Any], name: str, tensor: torch.Tensor
 ) -> set[str]:
     """Hand one expert's tensor to the fused parameter that holds it, unless another rank holds that expert."""
     known = False
     for parameter, part, expert, shard in experts:
         if part not in name:
             continue
-        known = True
         target = name.replace(part, parameter)
         if is_pp_missing_parameter(target, model):
+            known = True
             continue
+        if target not in params:
+            continue
+        known = True
         repack_experts(model.get_submodule(target.rpartition(".")[0]))
+        tensor = fitted(name, tensor, params[target], model.expected.exponents)
         if params[target].weight_loader(
             params[target], tensor, target, shard_id=shard, expert_id=expert, return_success=True
         ):
@@ -300,8 +314,9 @@ def _load_expert(
     return set()
 
 
-def _unknown(model: nn.Module, name: str) -> CheckpointError:
+def _unknown(model: Any, name: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint tensor {name!r} belongs to no parameter of {type(model).__name__}. "
+        other_names(model.expected.names(), [name])
+        or f"checkpoint tensor {name!r} belongs to no parameter of {type(model).__name__}. "
         f"Check that config.json and the safetensors files are of the same model."
     )

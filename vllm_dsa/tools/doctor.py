@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dsa
-from vllm_dsa import checkpoint, compat, envs
-from vllm_dsa.checkpoint import CheckpointError
+from vllm_dsa import checkpoint, checkpoint_files, compat, envs
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.kernels import OPS, dispatch
 from vllm_dsa.kernels.limits import VENDOR_PAGE, Request
@@ -346,7 +346,7 @@ def _model(name: str, tp: int, facts: dict[str, Any]) -> Section:
 
 def _check_model(folder: Path, tp: int, section: Section, facts: dict[str, Any]) -> None:
     if not (folder / "config.json").exists():
-        checkpoint.read(folder)  # says so if it is a folder of convert.py, which writes no config.json
+        checkpoint_files.read(folder)  # says so if it is a folder of convert.py, which writes no config.json
     hf_config = models.read_config(folder)
     if "index_topk" not in hf_config:
         checkpoint.refuse_indexer(folder)
@@ -368,24 +368,28 @@ def _check_model(folder: Path, tp: int, section: Section, facts: dict[str, Any])
             f"--tp {tp} does not divide num_attention_heads {config.num_attention_heads}. Choose a number that does."
         )
     _add_facts(section, config, hf_config)
-    stored = checkpoint.read(folder)
+    stored = checkpoint_files.read(folder)
     if not stored:
-        checkpoint.refuse_pickles(folder)
+        checkpoint_files.refuse_pickles(folder)
         section.add("weights", "no safetensors file is here: config.json alone was checked", "note")
         return
     checkpoint.check(folder, hf_config, drafts=False)
-    size = sum(path.stat().st_size for path in {tensor.file for tensor in stored.values()})
-    files = len({tensor.file for tensor in stored.values()})
-    facts |= {"files": files, "bytes": size, "tensors": len(stored)}
-    section.add("weights", f"{files} files, {size / 2**30:.2f} GiB, {len(stored):,} tensors", "ok")
+    loaded = {tensor.file for tensor in stored.values()}
+    size = sum(path.stat().st_size for path in loaded)
+    facts |= {"files": len(loaded), "bytes": size, "tensors": len(stored)}
+    section.add("weights", f"{len(loaded)} files, {size / 2**30:.2f} GiB, {len(stored):,} tensors", "ok")
     expected = checkpoint.Expected.from_hf(hf_config)
-    if expected is None:
-        text = "quantised in a format whose names and shapes are not checked here; vLLM does while it loads"
-        section.add("weights", text, "note")
-    elif missing := expected.missing(expected.draft, stored):
-        number = len(expected.draft)
-        text = f"its layer lacks {len(missing)} of {number} tensors here: serve without --speculative-config"
+    if expected.other:
+        text = f"quant_method {expected.other!r}: that no module is missing was checked here, vLLM checks the rest"
+        section.add("weights", f"{text} while it loads", "note")
+    if missing := expected.missing(expected.draft, stored):
+        text = f"its layer lacks {len(missing)} of {len(expected.draft)} tensors here: serve without "
+        text += "--speculative-config." + checkpoint.unlisted_text(folder, loaded, missing, expected)
         section.add("MTP weights", text, "note")
+    if drafts := checkpoint.unnamed_drafts(stored, expected):
+        key = hf_config.get("num_nextn_predict_layers")
+        text = f"layer {drafts[0]} in the files drafts, but num_nextn_predict_layers in config.json is {key!r}: it is "
+        section.add("MTP weights", f"{text}not loaded. To draft with it, set the key to {len(drafts)}", "note")
 
 
 def _add_facts(section: Section, config: DSAConfig, hf_config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import vllm_dsa
-from vllm_dsa.checkpoint import CheckpointError
+from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import ConfigError
 from vllm_dsa.envs import VariableError
 from vllm_dsa.tools.output import UserError

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dsa import checkpoint
+from vllm_dsa.checkpoint_files import CheckpointError, read
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.tools import model as models
 
@@ -129,8 +130,8 @@ def blocks_of(tokens: int) -> int:
 def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weights:
     """Count a model's weights. Raises ConfigError, CheckpointError."""
     try:
-        stored = checkpoint.read(folder)
-    except checkpoint.CheckpointError:
+        stored = read(folder)
+    except CheckpointError:
         if any(folder.glob("*.safetensors")):
             raise
         stored = {}  # an index and none of its files: as good as config.json alone
@@ -153,8 +154,7 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         key = ("MTP" if drafts else part, layer, "dropped" if dropped else _sharding(tensor, part))
         sizes[key] = sizes.get(key, 0) + size
 
-    expected = checkpoint.Expected.from_hf({**hf_config, "quantization_config": None})
-    assert expected is not None  # plain weights always have published names
+    expected = checkpoint.Expected.from_hf({**hf_config, "quantization_config": None, "compression_config": None})
     packed = is_packed(quantisation)
     if stored:
         made_plain = {
@@ -162,15 +162,19 @@ def weights(folder: Path, hf_config: dict[str, Any], config: DSAConfig) -> Weigh
         }
         for tensor in made_plain if packed else ():
             add(tensor, math.prod(expected.shape(tensor) or ()) * models.DTYPE_BYTES[dtype])
+        if hf_config.get("tie_word_embeddings") and checkpoint.HEAD not in stored:  # it has a parameter of its own
+            add(checkpoint.HEAD, math.prod(expected.shape(checkpoint.HEAD) or ()) * models.DTYPE_BYTES[dtype])
         for tensor, entry in stored.items():
             if packed and (checkpoint.ONLY_READ.search(tensor) or tensor.endswith("g_idx")):
                 continue  # made plain while loading, or not loaded
             if entry.dtype not in STORED_BYTES:
-                raise checkpoint.CheckpointError(
+                raise CheckpointError(
                     f"tensor {tensor} in {entry.file} has dtype {entry.dtype}, whose size is not known here. Move the "
                     f"files away to plan from config.json alone."
                 )
-            add(tensor, math.prod(entry.shape) * STORED_BYTES[entry.dtype])
+            # However block scales are stored, vLLM holds float32.
+            block_scale = _blocks(quantisation or {}) and tensor.endswith(checkpoint.SCALE_SUFFIX)
+            add(tensor, math.prod(entry.shape) * (4 if block_scale else STORED_BYTES[entry.dtype]))
     else:
         for tensor, shape in (expected.model | expected.draft | expected.optional).items():
             add(tensor, _stored_bytes(tensor, shape, quantisation, dtype))

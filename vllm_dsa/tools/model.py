@@ -48,17 +48,32 @@ def _hub() -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a mapping. Raises UserError."""
-    path = folder / "config.json"
+    """config.json as a mapping, with what vLLM adds to it while it reads it. Raises UserError."""
+    path, quantisation = folder / "config.json", folder / "hf_quant_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _read_object(path)
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json. Pass the folder of a published checkpoint.") from None
+    if config.get("model_type") == "deepseek_v32":
+        config.setdefault("num_nextn_predict_layers", 1)  # by the class that it is read with
+    if not config.get("quantization_config"):
+        if "compression_config" in config:
+            config["quantization_config"] = config["compression_config"]
+        elif quantisation.is_file():  # of ModelOpt up to 0.29
+            config["quantization_config"] = _read_object(quantisation)
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
+    if not isinstance(read, dict):
         raise UserError(f"{path} holds no JSON object. Download it again.")
-    return config
+    return read
 
 
 def dtype_of(config: dict[str, Any]) -> str:
