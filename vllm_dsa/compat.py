@@ -24,6 +24,7 @@ NAMES = {
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
     "BreakableCUDAGraphCapture": "vllm.compilation.breakable_cudagraph:BreakableCUDAGraphCapture",
+    "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",
     "ColumnParallelLinear": "vllm.model_executor.layers.linear:ColumnParallelLinear",
     "DeepseekV2MLP": "vllm.model_executor.models.deepseek_v2:DeepseekV2MLP",
     "DeepseekV2MoE": "vllm.model_executor.models.deepseek_v2:DeepseekV2MoE",
@@ -43,6 +44,7 @@ NAMES = {
     "QUANTIZATION_METHODS": "vllm.model_executor.layers.quantization:QUANTIZATION_METHODS",
     "QuantizationConfig": "vllm.model_executor.layers.quantization.base_config:QuantizationConfig",
     "RMSNorm": "vllm.model_executor.layers.layernorm:RMSNorm",
+    "RejectionSampler": "vllm.v1.sample.rejection_sampler:RejectionSampler",
     "ReplicatedLinear": "vllm.model_executor.layers.linear:ReplicatedLinear",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
     "RowParallelLinear": "vllm.model_executor.layers.linear:RowParallelLinear",
@@ -132,6 +134,20 @@ def ask_for_amx() -> None:
 
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+def has_triton() -> bool:
+    """Does vLLM run its Triton kernels here, rather than stand-ins for them?"""
+    from vllm.triton_utils import HAS_TRITON
+
+    return HAS_TRITON
+
+
+def register_expand_kernel(expand: Any) -> None:
+    """Have ``expand`` stand in for the kernel that gives each draft token its request's temperature, top_p and top_k."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
 
 
 def repack_experts(experts: Any) -> None:
