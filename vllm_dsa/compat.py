@@ -143,11 +143,20 @@ def has_triton() -> bool:
     return HAS_TRITON
 
 
-def register_expand_kernel(expand: Any) -> None:
-    """Have ``expand`` stand in for the kernel that gives each draft token its request's temperature, top_p and top_k."""
+def register_draft_kernels(expand: Any, reject: Any) -> None:
+    """Have these stand in for two kernels of sampling with drafts: the one that gives each draft token its request's
+    temperature, top_p and top_k, and the one that accepts or rejects at a temperature."""
     from vllm.triton_utils.dispatcher import register_kernels
 
-    register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
+    sampler = "vllm.v1.sample.rejection_sampler"
+    register_kernels({f"{sampler}.expand_kernel": expand, f"{sampler}.rejection_random_sample_kernel": reject})
+
+
+def reject_drafts_on_cpu(*args: Any) -> None:
+    """vLLM's own stand-in for the second of them."""
+    from vllm.utils.cpu_triton_utils import _rejection_random_sample_kernel_impl
+
+    _rejection_random_sample_kernel_impl(*args)
 
 
 def repack_experts(experts: Any) -> None:
@@ -159,6 +168,16 @@ def repack_experts(experts: Any) -> None:
 
     if current_platform.is_cpu():
         experts.quant_method.moe_kernel = None
+
+
+def reload_in_place(model: Any, weights: Any) -> None:
+    """What vLLM's `reload_weights` does with the model that it is for, to another one."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, get_current_vllm_config().model_config)
 
 
 def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, int, str]]:

@@ -20,7 +20,7 @@ class DSACPUWorker(CPUWorker):
         if self.vllm_config.speculative_config is None or self.use_v2_model_runner:
             return
         if not compat.has_triton():
-            compat.register_expand_kernel(expand)
+            compat.register_draft_kernels(expand, reject)
         runner = self.model_runner
         if hasattr(runner, "rejection_sampler"):  # the last pipeline stage has one
             runner.rejection_sampler = DraftSampler(runner.sampler, runner.speculative_config, runner.device)
@@ -38,8 +38,7 @@ class SeededGenerator(torch.Generator):
     as CUDA's are: "RuntimeError: CPU Generator does not support set_offset" ends the engine.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.set_state(generator.get_state())
+    kept: torch.Tensor
 
     def keep(self) -> None:
         self.kept = self.get_state()
@@ -57,7 +56,8 @@ def keep_seeds(runner: Any) -> None:
     for index, generator in list(batch.generators.items()):
         if index < batch.num_reqs and runner.discard_request_mask.np[index]:
             if not isinstance(generator, SeededGenerator):
-                generator = SeededGenerator(generator)
+                state, generator = generator.get_state(), SeededGenerator()
+                generator.set_state(state)
                 batch.generators[index] = runner.requests[batch.req_ids[index]].generator = generator
             generator.keep()
 
@@ -84,4 +84,33 @@ def expand(
 ) -> None:
     """Into output [tokens] for each request its value of values [requests], as often as it has tokens; ends [requests]
     are their running sum. vLLM's stand-in for this kernel fills a copy of the output, and takes 0.7 for 0."""
-    output.copy_(values.where(values != replace_from, replace_to).repeat_interleave(ends.diff(prepend=ends.new_zeros(1))))
+    tokens = ends.diff(prepend=ends.new_zeros(1))
+    output.copy_(values.where(values != replace_from, replace_to).repeat_interleave(tokens))
+
+
+def reject(
+    output: torch.Tensor,
+    ends: torch.Tensor,
+    drafts: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    bonus: torch.Tensor,
+    recovered: torch.Tensor,
+    uniform: torch.Tensor,
+    *rest: Any,
+) -> None:
+    """Into output [requests, drafts + 1] what rejection sampling leaves of drafts [tokens]. -1 is no draft, where a
+    grammar has cut it, and is always rejected: vLLM's stand-in for this kernel reads the probability before the first
+    row for it."""
+    none = drafts < 0
+    compat.reject_drafts_on_cpu(
+        output,
+        ends,
+        drafts.masked_fill(none, 0),
+        draft_probs,
+        target_probs,
+        bonus,
+        recovered,
+        uniform.masked_fill(none, torch.inf),
+        *rest,
+    )

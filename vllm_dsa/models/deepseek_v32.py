@@ -37,6 +37,7 @@ from vllm_dsa.compat import (
 )
 from vllm_dsa.config import ConfigError, DSAConfig
 from vllm_dsa.fp8_weights import DequantisedFp8Config, with_plain_fp8
+from vllm_dsa.models.draft_weights import DraftWatch
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
 
@@ -235,6 +236,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
         The first call must bring every tensor; later ones, which update weights in place, may bring some.
         """
+        watch = None if self.is_draft else DraftWatch(self)
+        weights = watch.watched(weights) if watch else weights
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
         if self.expected is not None:
             weights = checked(weights, self.expected, self.required)
@@ -256,6 +259,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             if isinstance(module, DSAAttention):  # vLLM's loaders write to .data, which leaves no trace
                 module.absorbed_versions = []
         self.required = ()
+        if watch:
+            watch.finish()
         return loaded
 
 
