@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import vllm.logger
 from checkpoint_files import read_dequantised, write
 from engine import engine, load, unloaded
 from test_mtp import drafter, speculative
@@ -14,12 +15,19 @@ COPY, HEAD_COPY = "model.layers.2.embed_tokens.weight", "model.layers.2.shared_h
 
 
 @pytest.fixture
-def warnings(caplog):
-    """What the package's own logger warns of; vLLM's do not hand on."""
+def warnings():
+    """Messages of the package's own logger; a message that is to be given once can be given again."""
+    messages: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
+        return True
+
     logger = logging.getLogger("vllm.vllm_dsa.drafts")
-    logger.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    logger.removeHandler(caplog.handler)
+    logger.addFilter(keep)  # a handler would be gone after vLLM has set its loggers up again
+    vllm.logger._print_warning_once.cache_clear()
+    yield messages
+    logger.removeFilter(keep)
 
 
 def guessed(running) -> list[torch.Tensor]:
@@ -52,13 +60,13 @@ def test_a_reload_reaches_the_draft(tmp_path, fp8, warnings):
             running.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             assert equal(guessed(running), expected)
         assert drafter(running).model.embed_tokens is running.model.model.embed_tokens
-        assert warnings() == []
+        assert warnings == []
         if not fp8:
             weights = read_dequantised(folders[1])
             without = [(n, t) for n, t in weights.items() if not n.startswith("model.layers.2.")]
             running.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": without})
             assert not equal(guessed(running), fresh)
-            (warning,) = warnings()
+            (warning,) = warnings
             assert "tensors of the MTP layer" in warning and "or restart" in warning
 
 
@@ -81,4 +89,4 @@ def test_copies_that_differ_are_named(tmp_path, changed, named, warnings):
     for options, wanted in (({}, []), (speculative(1), named)):
         with unloaded(tmp_path, **options) as (model, vllm_config):
             load(model, vllm_config)
-        assert [warning.split()[0] for warning in warnings()] == wanted
+        assert [warning.split()[0] for warning in warnings] == wanted
