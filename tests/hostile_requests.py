@@ -201,6 +201,6 @@ INTERNAL_ERRORS = {
     "schema of itself",
     "messages none",
     "/tokenize of no messages",
-    "logprob_token_ids",
     "stop with a surrogate",
 }
+INTERNAL_ERRORS_BESIDE_DRAFTS = {"logprob_token_ids"}

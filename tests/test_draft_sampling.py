@@ -89,6 +89,14 @@ def test_rejection(drafted):
         assert got.tolist() == [expected(batch, i, target, draft, uniform, noise) for i in range(len(batch.counts))]
 
 
+def test_what_vllm_registers_is_wrong(poisoned_empty):
+    """The faults that ours are for. Where this fails, vLLM has mended them: take ours out."""
+    current_platform.register_triton_kernel_overrides()
+    for check in (lambda: test_expand(torch.float32, (0, 1), None), lambda: test_rejection(False)):
+        with pytest.raises(AssertionError):
+            check()
+
+
 def expected(batch, i, target, draft, uniform, noise) -> list[int]:
     """What is left of request i: accepted drafts, then a token in place of the first rejected one, or the bonus."""
     probs, row = target.softmax(-1), []
