@@ -12,6 +12,7 @@ from engine import engine
 from planted_text import build_prompt
 from test_mtp import EOS, TOP_K, speculative
 from test_planted import ids
+from test_platform import engine_config
 from tiny_checkpoint import write_planted
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -74,6 +75,8 @@ def test_rejection(drafted):
         target = torch.randn(batch.tokens, WORDS) * 3
         target[torch.rand(batch.tokens, WORDS) < 0.5] = -torch.inf
         target[:, 0] = 0
+        if seed % 2:
+            target[:, -1] = 12  # what stands before the next row
         likely = torch.rand(batch.tokens) < 0.5
         target[likely, batch.drafts.long().clamp(min=0)[likely]] = 20
         draft = torch.randn(batch.tokens, WORDS).softmax(-1) if drafted else None
@@ -262,7 +265,7 @@ def test_sampling_follows_the_logits(drafting):
         return float((steps[1] / temperature).softmax(-1)[second])
 
     temperatures = [max(t / 10 for t in range(1, 20) if probability(t / 10) > wanted) for wanted in (0.85, 0.5)]
-    params = [SamplingParams(temperature=t, max_tokens=3, detokenize=False) for t in temperatures for _ in range(300)]
+    params = [SamplingParams(temperature=t, max_tokens=3, detokenize=False) for t in temperatures for _ in range(120)]
     outputs = drafting.llm.generate([prompt] * len(params), params, use_tqdm=False)
     for temperature in temperatures:
         answered = [
@@ -271,7 +274,7 @@ def test_sampling_follows_the_logits(drafting):
         hits = [tokens[1] == second for tokens in answered if tokens[0] == first]
         wanted = probability(temperature)
         print(f"{temperature}: {sum(hits)} of {len(hits)}, wanted {wanted:.2f}")
-        assert len(hits) > 50
+        assert len(hits) > 40
         assert abs(sum(hits) / len(hits) - wanted) < 4 * (wanted * (1 - wanted) / len(hits)) ** 0.5
 
 
@@ -285,3 +288,12 @@ def test_a_seed_is_kept_beside_drafts(drafting):
 def test_what_vllm_refuses_beside_drafts(drafting, options):
     with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
         drafting.llm.generate({"prompt_token_ids": asked()}, SamplingParams(**options), use_tqdm=False)
+
+
+def test_the_worker_on_a_cpu(folder):
+    """Another one than vLLM's, which would have its faults, is refused by name."""
+    for given in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker"):
+        config = engine_config(folder, worker_cls=given)
+        assert config.parallel_config.worker_cls == "vllm_dsa.cpu_worker.DSACPUWorker"
+    with pytest.raises(ValueError, match="--worker-cls mine.Worker is refused on a CPU.*Remove it"):
+        engine_config(folder, worker_cls="mine.Worker")

@@ -45,7 +45,7 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "fp8"])
 def test_a_reload_reaches_the_draft(tmp_path, fp8, warnings):
     """To another checkpoint and back; then weights without the MTP layer, which leave it, with a word."""
     folders = [tmp_path / "first", tmp_path / "second"]
