@@ -170,14 +170,13 @@ def repack_experts(experts: Any) -> None:
         experts.quant_method.moe_kernel = None
 
 
-def reload_in_place(model: Any, weights: Any) -> None:
+def reload_in_place(model: Any, weights: Any, model_config: Any) -> None:
     """What vLLM's `reload_weights` does with the model that it is for, to another one."""
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     initialize_layerwise_reload(model)
     model.load_weights(weights)
-    finalize_layerwise_reload(model, get_current_vllm_config().model_config)
+    finalize_layerwise_reload(model, model_config)
 
 
 def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, int, str]]:

@@ -193,6 +193,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         if self.expected is not None and self.expected.packed:
             ask_for_amx()
         self.required = self._required(vllm_config)
+        speculation = vllm_config.speculative_config
+        self.has_draft = speculation is not None and speculation.method == "mtp"
         return config
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -236,7 +238,7 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
         The first call must bring every tensor; later ones, which update weights in place, may bring some.
         """
-        watch = None if self.is_draft else DraftWatch(self)
+        watch = DraftWatch(self) if self.has_draft and not self.is_draft else None
         weights = watch.watched(weights) if watch else weights
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
         if self.expected is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_dsa.checkpoint import MTP_COPIES
-from vllm_dsa.compat import get_current_vllm_config, init_logger, mtp_layer_of_weight
+from vllm_dsa.compat import init_logger, mtp_layer_of_weight
 
 logger = init_logger("vllm.vllm_dsa.drafts")
 ORIGINALS = dict(zip(MTP_COPIES, ("model.embed_tokens.weight", "lm_head.weight"), strict=True))
@@ -20,20 +20,17 @@ drafts: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process
 
 
 class DraftWatch:
-    """Sees every tensor that a model is given to load, and then brings its draft up to date."""
+    """Sees every tensor that a model with an MTP draft is given to load, and then brings the draft up to date."""
 
     def __init__(self, model: Any) -> None:
         self.config = model.config
         self.draft = next((draft for draft in drafts if draft.is_draft_of(model)), None)
         self.tensors: dict[str, torch.Tensor] = {}  # the draft's, once there is one
         self.samples: dict[str, torch.Tensor] = {}
-        speculation = get_current_vllm_config().speculative_config
-        self.drafts = speculation is not None and speculation.method == "mtp"
 
     def watched(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            if self.drafts:
-                self._see(name, tensor)
+            self._see(name, tensor)
             yield name, tensor
 
     def _see(self, name: str, tensor: torch.Tensor) -> None:
@@ -57,7 +54,7 @@ class DraftWatch:
                         name,
                         original,
                     )
-        if self.draft is None or not self.drafts:
+        if self.draft is None:
             return
         missing = self.draft.stored_names - set(self.tensors)
         if missing or not self.tensors:

@@ -84,6 +84,7 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
         config = self._read(vllm_config)
         self.model = MTPModel(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.model_config = vllm_config.model_config
         self.stored_names: set[str] = set()
         drafts.add(self)
 
@@ -125,7 +126,7 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
         places = ((self.model, "embed_tokens"), (self, "lm_head"))
         taken = [(module, name, module._modules.pop(name)) for module, name in places if name in module._modules]
         try:
-            reload_in_place(self, weights)
+            reload_in_place(self, weights, self.model_config)
         finally:
             for module, name, child in taken:
                 module.add_module(name, child)
