@@ -14,6 +14,7 @@ from tiny_checkpoint import write_planted
 from vllm_dsa.testing.server import serve
 
 STREAMS = 64
+OPTIONS = (*soak.SERVE_ARGS, f"--num-gpu-blocks-override={BLOCKS}", "--enforce-eager")
 MINUTES = 3
 # MB of memory per 1,000 requests. An hour's soak allows 1; its first 1,000 requests took 10, for Python and the
 # allocators, and the last 10,000 took 0.1 each. Where 20 kB of every request are kept it is 29.
@@ -29,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with serve(checkpoint, *soak.SERVE_ARGS, env=soak.SERVE_ENV) as running:
+    with serve(checkpoint, *OPTIONS, env=soak.SERVE_ENV) as running:
         yield running
 
 
@@ -96,7 +97,7 @@ def test_three_minutes_of_soak(server):
 @pytest.mark.slow
 def test_a_leak_in_the_server_is_noticed(checkpoint):
     """The same three minutes of a server that keeps 20 kB of every request."""
-    options = (*soak.SERVE_ARGS, "--middleware=leak.Leak")
+    options = (*OPTIONS, "--middleware=leak.Leak")
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with serve(checkpoint, *options, env=soak.SERVE_ENV | {"PYTHONPATH": os.pathsep.join(paths)}) as running:
         report = soak.soak(running, MINUTES, max_slope=MAX_SLOPE)

@@ -66,10 +66,18 @@ def folders(tmp_path_factory):
     return found
 
 
-def answers(running: Engine, asked: list[Question]) -> list[list[int]]:
-    params = [SamplingParams(temperature=0, detokenize=False, **question.params) for question in asked]
+# Clients whose sampling must not reach the greedy answers beside them.
+HOT = [dict(temperature=0.7), dict(temperature=1.5, top_k=5, seed=1), dict(temperature=1.0, top_p=0.9, min_tokens=4)]
+
+
+def answers(running: Engine, asked: list[Question], beside: list[dict[str, Any]] | None = None) -> list[list[int]]:
+    """Greedy answers; ``beside``: sampling parameters of further requests, which are served first."""
+    params = [SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False, **options) for options in beside or ()]
+    params += [SamplingParams(temperature=0, detokenize=False, **question.params) for question in asked]
     prompts = [{"prompt_token_ids": question.tokens} for question in asked]
-    return [list(o.outputs[0].token_ids) for o in running.llm.generate(prompts, params, use_tqdm=False)]
+    prompts = prompts[: len(params) - len(asked)] + prompts
+    outputs = running.llm.generate(prompts, params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs[-len(asked) :]]
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +119,8 @@ def test_answers_are_those_without_and_acceptance_is_as_planted(folders, plain, 
     # Too small a cache for all at once: some are preempted.
     options = dict(max_num_batched_tokens=256, max_model_len=1200, num_gpu_blocks_override=110)
     with engine(folders[k], disable_log_stats=False, **options, **speculative(k)) as running:
-        assert answers(running, asked) == plain
-        assert answers(running, asked) == plain, "with cached prefixes"
+        assert answers(running, asked, HOT) == plain
+        assert answers(running, asked, HOT) == plain, "with cached prefixes"
         draft = DRAFTS[k]["draft"]
         for question, expected in zip(asked, plain, strict=True):
             answer, drafted = alone(running, question)
@@ -144,7 +152,8 @@ def test_vllm_serve_drafts(drafts, folders):
     # Prompt lookup finds what repeats itself: an answer that is given again and again.
     hops, tokens = (1, 30) if drafts is LOOKUP else (8, 0)
     prompts = [build_prompt(n, n, copies=TOP_K, hops=hops, codes=8) for n in range(500, 900, 50)]
-    asked = [soak.Ask(prompt.text, prompt.answer, tokens) for prompt in prompts]
+    hot = ((), (("temperature", 0.5), ("top_k", 1)), (("temperature", 0.5), ("top_p", 0.5), ("seed", 3)))
+    asked = [soak.Ask(p.text, p.answer, tokens, options=hot[i % 3]) for i, p in enumerate(prompts)]
     args = ("--served-model-name", soak.MODEL, "--dtype", "float32", "--max-model-len", "1200")
     with serve(folders[3], *args, "--speculative-config", json.dumps(drafts), env=soak.SERVE_ENV) as server:
         with ThreadPoolExecutor(len(asked)) as clients:

@@ -315,6 +315,20 @@ def test_schema_that_no_grammar_can_follow(client):
     test_several_choices(client)
 
 
+def test_what_vllms_encoding_of_chats_does_not_look_at(server):
+    """docs/recipes.md says so: the same tokens with and without, be the last message a user's or the assistant's."""
+    keys = ("add_generation_prompt", "continue_final_message")
+    for messages in ([user("What is red?")], [user("What is red?"), {"role": "assistant", "content": "li"}]):
+        found = []
+        for values in ((True, False), (False, False), (False, True)):
+            asked = {"model": MODEL, "messages": messages} | dict(zip(keys, values, strict=True))
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{server.base_url}/tokenize", json.dumps(asked).encode(), headers)
+            with urllib.request.urlopen(request, timeout=30) as response:
+                found.append(json.loads(response.read())["tokens"])
+        assert found[0] == found[1] == found[2]
+
+
 def test_cached_tokens_are_reported(client):
     prompt = build_prompt(1000, seed=4, chat=True)
     first, second = chat(client, prompt), chat(client, prompt)

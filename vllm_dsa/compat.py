@@ -24,6 +24,7 @@ NAMES = {
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
     "AttentionMetadataBuilder": "vllm.v1.attention.backend:AttentionMetadataBuilder",
     "BreakableCUDAGraphCapture": "vllm.compilation.breakable_cudagraph:BreakableCUDAGraphCapture",
+    "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",
     "ColumnParallelLinear": "vllm.model_executor.layers.linear:ColumnParallelLinear",
     "DeepseekV2MLP": "vllm.model_executor.models.deepseek_v2:DeepseekV2MLP",
     "DeepseekV2MoE": "vllm.model_executor.models.deepseek_v2:DeepseekV2MoE",
@@ -45,6 +46,7 @@ NAMES = {
     "QUANTIZATION_METHODS": "vllm.model_executor.layers.quantization:QUANTIZATION_METHODS",
     "QuantizationConfig": "vllm.model_executor.layers.quantization.base_config:QuantizationConfig",
     "RMSNorm": "vllm.model_executor.layers.layernorm:RMSNorm",
+    "RejectionSampler": "vllm.v1.sample.rejection_sampler:RejectionSampler",
     "ReplicatedLinear": "vllm.model_executor.layers.linear:ReplicatedLinear",
     "RoutedExperts": "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts",
     "RowParallelLinear": "vllm.model_executor.layers.linear:RowParallelLinear",
@@ -153,6 +155,29 @@ def ask_for_amx() -> None:
         torch.cpu._init_amx()
 
 
+def has_triton() -> bool:
+    """Does vLLM run its Triton kernels here, rather than stand-ins for them?"""
+    from vllm.triton_utils import HAS_TRITON
+
+    return HAS_TRITON
+
+
+def register_draft_kernels(expand: Any, reject: Any) -> None:
+    """Have these stand in for two kernels of sampling with drafts: the one that gives each draft token its request's
+    temperature, top_p and top_k, and the one that accepts or rejects at a temperature."""
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    sampler = "vllm.v1.sample.rejection_sampler"
+    register_kernels({f"{sampler}.expand_kernel": expand, f"{sampler}.rejection_random_sample_kernel": reject})
+
+
+def reject_drafts_on_cpu(*args: Any) -> None:
+    """vLLM's own stand-in for the second of them."""
+    from vllm.utils.cpu_triton_utils import _rejection_random_sample_kernel_impl
+
+    _rejection_random_sample_kernel_impl(*args)
+
+
 def repack_experts(experts: Any) -> None:
     """Have fused experts packed again once they are loaded again.
 
@@ -162,6 +187,15 @@ def repack_experts(experts: Any) -> None:
 
     if current_platform.is_cpu():
         experts.quant_method.moe_kernel = None
+
+
+def reload_in_place(model: Any, weights: Any, model_config: Any) -> None:
+    """What vLLM's `reload_weights` does with the model that it is for, to another one."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, model_config)
 
 
 def expert_params_mapping(model: Any, num_experts: int) -> list[tuple[str, str, int, str]]:

@@ -21,6 +21,7 @@ DRAFT_METHODS = ("mtp", "ngram")
 CACHE_DTYPES = ("auto", "bfloat16", *FP8_DS_MLA_NAMES)
 # KV connectors that move both caches, bit for bit: seen in tests/test_transfer.py and tests/test_gpu_transfer.py.
 CONNECTORS: dict[str, tuple[str, ...]] = {"cpu": ("ExampleConnector",), "cuda": ("OffloadingConnector",)}
+CPU_WORKER = "vllm_dsa.cpu_worker.DSACPUWorker"
 INDEX_CACHE_DTYPES = ("auto", "fp8")  # vLLM's names for the bytes that cache.py defines
 
 
@@ -69,6 +70,7 @@ def _served(previous: type) -> type:
                 treat_as_v32(vllm_config)
             if compat.current_platform.is_cpu():
                 enable_paged_features_on_cpu(vllm_config)
+                settle_cpu_worker(vllm_config)
             from vllm_dsa import metrics  # it loads what register() must not
 
             metrics.publish(vllm_config, DSAConfig.from_hf(vllm_config.model_config.hf_config))
@@ -411,3 +413,14 @@ def enable_paged_features_on_cpu(vllm_config: Any) -> None:
     that it takes for MLA. Our layers need neither.
     """
     vllm_config.model_config.model_arch_config.is_deepseek_mla = False
+
+
+def settle_cpu_worker(vllm_config: Any) -> None:
+    """Take the worker without vLLM's faults on a CPU."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", CPU_WORKER):
+        raise ConfigError(
+            f"--worker-cls {parallel.worker_cls} is refused on a CPU: vLLM's own worker there ends on a request with a "
+            f"seed, and draws drafts from unset memory; ours does not. Remove it."
+        )
+    parallel.worker_cls = CPU_WORKER

@@ -38,6 +38,7 @@ from vllm_dsa.compat import (
 )
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.fp8_weights import DequantisedFp8Config, fitted, with_plain_fp8
+from vllm_dsa.models.draft_weights import DraftWatch
 from vllm_dsa.models.formats import named, require_kernels
 from vllm_dsa.models.ranks import require_agreement
 from vllm_dsa.packed_weights import exclude_fused, with_plain_packed
@@ -189,6 +190,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
         if self.expected.packed:
             ask_for_amx()
         self.required = self._required(vllm_config)
+        speculation = vllm_config.speculative_config
+        self.has_draft = speculation is not None and speculation.method == "mtp"
         return config
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -232,6 +235,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
 
         The first call must bring every tensor; later ones, which update weights in place, may bring some.
         """
+        watch = DraftWatch(self) if self.has_draft and not self.is_draft else None
+        weights = watch.watched(weights) if watch else weights
         weights = ((name, tensor) for name, tensor in weights if not self._is_skipped(name))
         weights = split_experts(checked(weights, self.expected, self.required))
         if isinstance(self.quant_config, DequantisedFp8Config):
@@ -254,6 +259,8 @@ class DeepseekV32ForCausalLM(nn.Module, SupportsPP):
             if isinstance(module, DSAAttention):  # vLLM's loaders write to .data, which leaves no trace
                 module.absorbed_versions = []
         self.required = ()
+        if watch:
+            watch.finish()
         return loaded
 
 

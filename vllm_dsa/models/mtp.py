@@ -4,6 +4,7 @@ It reads what vLLM hands it: of position i the target's final hidden state and t
 token i + 2. For further guesses it is run again on its own hidden state. Whatever it guesses, the target decides.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +12,17 @@ from torch import nn
 
 from vllm_dsa.attention import new_selection
 from vllm_dsa.checkpoint import MTP_COPIES
-from vllm_dsa.compat import LogitsProcessor, ReplicatedLinear, RMSNorm, maybe_prefix, mtp_layer_of_weight
+from vllm_dsa.compat import (
+    LogitsProcessor,
+    ReplicatedLinear,
+    RMSNorm,
+    maybe_prefix,
+    mtp_layer_of_weight,
+    reload_in_place,
+)
 from vllm_dsa.config import DSAConfig
 from vllm_dsa.models.deepseek_v32 import DecoderLayer, DeepseekV32ForCausalLM
+from vllm_dsa.models.draft_weights import drafts
 from vllm_dsa.models.formats import named, require_kernels
 
 
@@ -77,6 +86,9 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
             self.model = MTPModel(vllm_config, config, prefix=maybe_prefix(prefix, "model"))
         require_kernels(self.model, vllm_config)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.model_config = vllm_config.model_config
+        self.stored_names: set[str] = set()
+        drafts.add(self)
 
     def forward(
         self,
@@ -94,6 +106,32 @@ class DeepseekV32MTP(DeepseekV32ForCausalLM):
         embedded = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         drafted = self.model.layer.draft(positions, embedded, hidden_states)
         return drafted, drafted
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As the model's; keeps the names, which a reload must bring again."""
+
+        def named() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if not self._is_skipped(name):
+                    self.stored_names.add(name)
+                    yield name, tensor
+
+        return super().load_weights(named())
+
+    def is_draft_of(self, model: Any) -> bool:
+        """Does this draft read the embedding of that model?"""
+        shared = getattr(self.model, "embed_tokens", None)
+        return shared is not None and shared is model.model.embed_tokens
+
+    def reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load these in place of those that it has; embedding and head, which are the model's, stay out of it."""
+        places = ((self.model, "embed_tokens"), (self, "lm_head"))
+        taken = [(module, name, module._modules.pop(name)) for module, name in places if name in module._modules]
+        try:
+            reload_in_place(self, weights, self.model_config)
+        finally:
+            for module, name, child in taken:
+                module.add_module(name, child)
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """vLLM asks before it reads a file: one that holds nothing else is left alone."""
