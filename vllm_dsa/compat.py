@@ -100,24 +100,6 @@ def is_supported(version: str) -> bool:
     return ".".join(version.split(".")[:2]) in SUPPORTED
 
 
-def before_draft_config(check: Any) -> None:
-    """Have ``check`` see a model's config before vLLM makes a draft's of it, which comes before any other hook of ours.
-    Idempotent. The function keeps its name, by which vLLM's workers find it."""
-    from vllm.config import SpeculativeConfig
-
-    override = SpeculativeConfig.hf_config_override
-    if getattr(override, "vllm_dsa_hook", False):
-        return
-
-    @functools.wraps(override)
-    def checked(hf_config: Any, *args: Any, **options: Any) -> Any:
-        check(hf_config)
-        return override(hf_config, *args, **options)
-
-    checked.vllm_dsa_hook = True  # type: ignore[attr-defined]
-    SpeculativeConfig.hf_config_override = staticmethod(checked)
-
-
 def register_layer(prefix: str, layer: Any) -> None:
     """Make a layer known to vLLM's cache allocation and forward context under its unique name."""
     from vllm.config import get_current_vllm_config

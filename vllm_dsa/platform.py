@@ -10,6 +10,8 @@ from vllm_dsa.checkpoint_files import FORMATS, PICKLED_FORMATS
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError, DSAConfig
 
 ARCHITECTURES = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "AXK2ForCausalLM")
+# vLLM's names of the draft that the MTP layer of the first two is.
+DRAFT_ARCHITECTURE, DRAFT_MODEL_TYPE = "DeepseekV32MTPModel", "deepseek_mtp"
 # Their weights have no indexer, and vLLM drops tensors of one without a word.
 DENSE_ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 # --load-format values that read the published files.
@@ -33,11 +35,10 @@ def install() -> None:
         if not getattr(previous, "vllm_dsa_hook", False):
             compat.MODELS_CONFIG_MAP[architecture] = chained(previous)
     convertors = compat.MODEL_ARCH_CONFIG_CONVERTORS
-    for model_type in INDEX_ROPE_INTERLEAVED:
+    for model_type in (*INDEX_ROPE_INTERLEAVED, DRAFT_MODEL_TYPE):
         previous = convertors.get(model_type, compat.ModelArchConfigConvertorBase)
         if not getattr(previous, "vllm_dsa_hook", False):
             convertors[model_type] = _read_first(previous)
-    compat.before_draft_config(_require_mtp_key)
 
 
 def _read_first(previous: type) -> type:
@@ -48,11 +49,14 @@ def _read_first(previous: type) -> type:
         vllm_dsa_hook = True
 
         def __init__(self, hf_config: Any, *args: Any, **kwargs: Any) -> None:
-            if set(getattr(hf_config, "architectures", None) or ()) & set(ARCHITECTURES):
+            architectures = set(getattr(hf_config, "architectures", None) or ())
+            if architectures & set(ARCHITECTURES):
                 DSAConfig.from_hf(hf_config)
                 if isinstance(rope := getattr(hf_config, "rope_parameters", None), dict):
                     # What replaces them by --hf-overrides may have the old name, or none, for vLLM to stumble over.
                     rope.setdefault("rope_type", rope.get("type", "default"))
+            elif DRAFT_ARCHITECTURE in architectures:
+                _require_mtp_key(hf_config)
             super().__init__(hf_config, *args, **kwargs)
 
     return DSAConvertor
@@ -325,9 +329,8 @@ def _refuse_quantisation(model_config: Any) -> None:
 
 
 def _require_mtp_key(hf_config: Any) -> None:
-    """vLLM would divide by a 0 there, and add a null."""
-    model_type, layers = getattr(hf_config, "model_type", None), getattr(hf_config, "num_nextn_predict_layers", None)
-    if model_type in ("deepseek_v32", "glm_moe_dsa") and not layers:
+    """Of a draft's config, as vLLM has made it of the model's: vLLM would divide by a 0 there, and add a null."""
+    if not (layers := getattr(hf_config, "num_nextn_predict_layers", None)):
         raise ConfigError(
             f"--speculative-config is refused: num_nextn_predict_layers in config.json is {layers!r}, so the model has "
             f"no MTP layer to draft with. If its files hold one (`vllm-dsa doctor` says so), set the key to 1 there; "
