@@ -80,13 +80,14 @@ def test_a_reload_reaches_the_draft(tmp_path, fp8, warnings):
     ],
     ids=["equal", "embedding", "head", "both"],
 )
-def test_copies_that_differ_are_named(tmp_path, changed, named, warnings):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copies_that_differ_are_named(tmp_path, changed, named, dtype, warnings):
     config = write_random(tmp_path, **SIZES)
     tensors = read_dequantised(tmp_path)
     assert torch.equal(tensors[COPY], tensors["model.embed_tokens.weight"])
     tensors |= {name: tensors[original] * 1.01 for name, original in changed.items()}
     write(tmp_path, config, tensors)
     for options, wanted in (({}, []), (speculative(1), named)):
-        with unloaded(tmp_path, **options) as (model, vllm_config):
+        with unloaded(tmp_path, dtype=dtype, **options) as (model, vllm_config):
             load(model, vllm_config)
         assert [warning.split()[0] for warning in warnings] == wanted

@@ -276,12 +276,14 @@ def assert_close(name: str, got: list[float], want: list[float]) -> None:
 
 
 GLM = dict(index_n_heads=32, qk_nope_head_dim=192, v_head_dim=256, q_lora_rank=2048, rope_scaling=None)
-GLM_KEYS = {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"], "index_topk_pattern": "FSFF"}
+PATTERN = "FSFF"
+GLM_KEYS = {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"], "index_topk_pattern": PATTERN}
 
 
 @pytest.mark.parametrize("family, heads", [("deepseek_v32", 16), ("deepseek_v32", 128), ("glm_moe_dsa", 64)])
 def test_as_stock(family, heads, tmp_path):
     """Log-probabilities of one random model of four layers, past index_topk, by stock vLLM and by this plugin."""
+    from fp8_bytes import rewrite
     from tiny_checkpoint import write_random
 
     sizes = dict(num_hidden_layers=4, first_k_dense_replace=4, num_attention_heads=heads, index_n_heads=64)
@@ -292,7 +294,11 @@ def test_as_stock(family, heads, tmp_path):
     if family == "glm_moe_dsa":
         config |= GLM_KEYS | {"rope_parameters": {"rope_type": "default", "rope_theta": config.pop("rope_theta")}}
         del config["rope_scaling"]
-        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        # Stock vLLM has no place for the indexers of layers that share a selection.
+        shared = tuple(f"model.layers.{i}.self_attn.indexer." for i, kind in enumerate(PATTERN) if kind == "S")
+        (tmp_path / "model").rename(tmp_path / "whole")
+        kept = lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(shared)}  # noqa: E731
+        rewrite(tmp_path / "whole", tmp_path / "model", kept, config)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(10, config["vocab_size"], (n,), generator=generator).tolist() for n in (600, 3000, 6000)]
     arguments = dict(path=str(tmp_path / "model"), prompts=prompts, kv_cache_dtype="fp8_ds_mla")

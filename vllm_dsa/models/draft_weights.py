@@ -37,8 +37,10 @@ class DraftWatch:
         of_draft = mtp_layer_of_weight(self.config, name) is not None
         copied = of_draft and any(copy in name for copy in MTP_COPIES)
         if copied or name in ORIGINALS.values():
-            rows = torch.linspace(0, len(tensor) - 1, min(SAMPLED_ROWS, len(tensor))).long()
-            self.samples[name] = tensor[rows.to(tensor.device)].to("cpu", torch.float32)
+            count = min(SAMPLED_ROWS, len(tensor))
+            # In integers: models load under the default dtype bfloat16, which has no 703.
+            rows = torch.arange(count, device=tensor.device) * (len(tensor) - 1) // max(1, count - 1)
+            self.samples[name] = tensor[rows].to("cpu", torch.float32)
         elif of_draft and self.draft is not None:
             self.tensors[name] = tensor
 
