@@ -20,7 +20,8 @@ def path():
 def tiny() -> dict:
     config = json.loads((BENCHMARKS / "v32" / "config.json").read_text())
     config |= dict(num_hidden_layers=2, first_k_dense_replace=1, hidden_size=256, q_lora_rank=128, n_routed_experts=4)
-    return config | dict(num_attention_heads=2, moe_intermediate_size=128, intermediate_size=128, vocab_size=300)
+    config |= dict(num_experts_per_tok=2, n_group=2, topk_group=1, vocab_size=300)
+    return config | dict(num_attention_heads=2, moe_intermediate_size=128, intermediate_size=128)
 
 
 def test_drawn_weights_are_a_whole_checkpoint():
