@@ -111,7 +111,7 @@ def changed(folder, tmp_path, **keys):
     "key",
     [
         "attention_factor",
-        "mscale absent",
+        pytest.param("mscale absent", marks=pytest.mark.slow),
         pytest.param("truncate", marks=pytest.mark.slow),
         pytest.param("factor null", marks=pytest.mark.slow),
         pytest.param("original at the top", marks=pytest.mark.slow),

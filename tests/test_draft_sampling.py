@@ -252,6 +252,7 @@ def test_every_client_is_answered_as_without_drafts(plain, drafting):
             assert leading(found[name]) == leading(plain.answers[name])
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_logits(drafting):
     """At two temperatures side by side: how often the best token comes, second of all and so first of the drafted ones,
     is its probability at that temperature."""
