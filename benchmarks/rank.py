@@ -119,6 +119,7 @@ def main() -> int:
     green = args.out / "gate-is-green"
     flags = args.serve.split()
     if args.what == "gate":
+        green.unlink(missing_ok=True)  # of an earlier gate
         if gates(args, flags):
             green.touch()
         return int(not green.exists())

@@ -14,9 +14,9 @@ from vllm_dsa import compat
 from vllm_dsa.checkpoint import SCALE, SCALE_SUFFIX, refuse_unpaired, unknown_scale
 from vllm_dsa.checkpoint_files import CheckpointError
 from vllm_dsa.config import INDEX_ROPE_INTERLEAVED, ConfigError
+from vllm_dsa.platform import DRAFT_ARCHITECTURE
 
 METHOD = "dsa_fp8_dequantised"
-DRAFT = "DeepseekV32MTPModel"
 BLOCK = 128
 
 
@@ -32,7 +32,8 @@ class DequantisedFp8Config(compat.QuantizationConfig):
             compat.current_platform.is_cpu()
             and (
                 getattr(hf_config, "model_type", None) in INDEX_ROPE_INTERLEAVED
-                or DRAFT in (getattr(hf_config, "architectures", None) or ())  # vLLM gives it another model type
+                # vLLM gives a draft another model type.
+                or DRAFT_ARCHITECTURE in (getattr(hf_config, "architectures", None) or ())
             )
             and hf_quant_cfg.get("quant_method") == "fp8"
             and hf_quant_cfg.get("weight_block_size") is not None
